@@ -1,0 +1,41 @@
+"""Packaging of vqgan_jax: `pip install .` for use, `pip install -e '.[test]'` for work on it."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vqgan_jax/__init__.py").read_text()).group(1)
+
+setup(
+    name="vqgan_jax",
+    version=VERSION,
+    description="Image tokenizers (VQGAN) and autoregressive transformers over their codes, in JAX",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vqgan_jax", "vqgan_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "tensorflow-datasets>=4.9.10",
+        "array_record>=0.8",  # how tensorflow-datasets stores examples that need no TensorFlow
+        "grain>=0.2.18",  # index-based input pipelines with worker threads and processes
+        "einops>=0.8",
+        "ml_collections>=1.1",
+        "absl-py>=2.1",
+        "numpy>=2.0",
+        "pillow>=11.0",  # decodes and writes PNG, JPEG and WebP
+        "pyyaml>=6.0",  # reads the reference's model descriptions
+        "tensorboardX>=2.6.4",  # writes TensorBoard events without TensorFlow
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scikit-image>=0.24", "scipy>=1.13"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "wandb": ["wandb>=0.19"],
+    },
+)

@@ -1,0 +1,9 @@
+"""Errors about data, each one line for the person at the terminal."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message says what, where and what to do."""
+
+
+class UnreadableImage(DataError):
+    """One image that cannot be decoded, because its file is damaged or no image at all."""

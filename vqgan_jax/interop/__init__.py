@@ -1,0 +1,1 @@
+"""Other people's checkpoints to ours and back, one file a family."""

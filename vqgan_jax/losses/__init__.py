@@ -1,0 +1,1 @@
+"""Loss functions: arrays in, scalars out, each with its equation and source."""

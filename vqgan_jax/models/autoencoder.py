@@ -1,0 +1,143 @@
+"""Encoder and decoder of the convolutional VQGAN ("Taming Transformers", appendix A, table 7).
+
+Both are fully convolutional: `resolution` is only the nominal size that `attention_resolutions`
+refer to, as in the reference.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vqgan_jax.models.layers import (
+    AttentionBlock,
+    Conv,
+    Downsample,
+    GroupNorm,
+    ResidualBlock,
+    Upsample,
+)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention where the level has it.
+
+    `resample` ("downsample", "upsample" or "") leads on to the next level.
+    """
+
+    features: int
+    num_blocks: int
+    attention: bool
+    resample: str = ""
+    dropout: float = 0.0
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        block = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
+        for i in range(self.num_blocks):
+            x = block(self.features, self.dropout, self.dtype, name=f"block_{i}")(x, train)
+            if self.attention:
+                x = AttentionBlock(self.dtype, name=f"attention_{i}")(x)
+        if self.resample == "downsample":
+            x = Downsample(self.dtype, name="downsample")(x)
+        elif self.resample == "upsample":
+            x = Upsample(self.dtype, name="upsample")(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        features = x.shape[-1]
+        x = ResidualBlock(features, self.dropout, self.dtype, name="block_1")(x, train)
+        x = AttentionBlock(self.dtype, name="attention_1")(x)
+        return ResidualBlock(features, self.dropout, self.dtype, name="block_2")(x, train)
+
+
+class Encoder(nn.Module):
+    """Images `(B, H, W, C)` -> `(B, H/f, W/f, latent_channels)`, f = 2^(levels - 1)."""
+
+    resolution: int
+    channels: int
+    channel_multipliers: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    latent_channels: int
+    dropout: float = 0.0
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+        x = Conv(self.channels, dtype=self.dtype, name="conv_in")(images)
+        lowest = len(self.channel_multipliers) - 1
+        for i, multiplier in enumerate(self.channel_multipliers):
+            x = Level(
+                features=self.channels * multiplier,
+                num_blocks=self.num_res_blocks,
+                attention=self.resolution >> i in self.attention_resolutions,
+                resample="downsample" if i < lowest else "",
+                dropout=self.dropout,
+                remat=self.remat,
+                dtype=self.dtype,
+                name=f"down_{i}",
+            )(x, train)
+        x = Middle(self.dropout, self.dtype, name="mid")(x, train)
+        x = nn.swish(GroupNorm(dtype=self.dtype, name="norm_out")(x))
+        return Conv(self.latent_channels, dtype=self.dtype, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """`(B, h, w, latent_channels)` -> images `(B, f h, f w, out_channels)`, not clipped.
+
+    In two parts, since the adaptive adversarial weight needs the last convolution by itself:
+    `features` ends in front of it, `head` is it. `up_0` is the highest resolution.
+    """
+
+    resolution: int
+    channels: int
+    channel_multipliers: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    out_channels: int
+    dropout: float = 0.0
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        width = self.channels * self.channel_multipliers[-1]
+        self.conv_in = Conv(width, dtype=self.dtype)
+        self.mid = Middle(self.dropout, self.dtype)
+        self.up = [
+            Level(
+                features=self.channels * multiplier,
+                num_blocks=self.num_res_blocks + 1,
+                attention=self.resolution >> i in self.attention_resolutions,
+                resample="upsample" if i > 0 else "",
+                dropout=self.dropout,
+                remat=self.remat,
+                dtype=self.dtype,
+            )
+            for i, multiplier in enumerate(self.channel_multipliers)
+        ]
+        self.norm_out = GroupNorm(dtype=self.dtype)
+        self.conv_out = Conv(self.out_channels, dtype=self.dtype)
+
+    def features(self, latents, train: bool = False):
+        """What the last convolution sees: `(B, f h, f w, channels)`."""
+        x = self.mid(self.conv_in(latents), train)
+        for level in reversed(self.up):
+            x = level(x, train)
+        return nn.swish(self.norm_out(x))
+
+    def head(self, features):
+        """The last convolution; its output is float32."""
+        return self.conv_out(features).astype(jnp.float32)
+
+    def __call__(self, latents, train: bool = False):
+        return self.head(self.features(latents, train))

@@ -1,0 +1,142 @@
+"""The discriminator's step of stage 1 ("Taming Transformers", equation 5)."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vqgan_jax.losses import adversarial
+from vqgan_jax.training.accumulation import accumulate
+from vqgan_jax.training.game import Game
+from vqgan_jax.training.generator_step import (
+    adversarial_share,
+    micro_batch_keys,
+    when_playing,
+)
+from vqgan_jax.training.images import prepare_images
+from vqgan_jax.training.states import TokenizerState
+
+
+def discriminator_step(game: Game, state: TokenizerState, images, reconstructions):
+    """One update of the discriminator, after the generator's step on the same images.
+
+    Args:
+        game: what does not change from step to step.
+        state: both players, as `generator_step` returned them.
+        images: as `generator_step` takes them.
+        reconstructions: what `generator_step` returned; with the config's
+            `discriminator.refresh_reconstruction` the updated generator makes them anew.
+
+    Returns:
+        The state after it, and metrics.
+    """
+    discriminator = state.discriminator
+    step = state.step - 1  # the generator's step that this one belongs to
+
+    def micro_batch(running, batch, index):
+        images, reconstructions = batch
+        images = prepare_images(game.config.data, images)
+        if game.config.discriminator.refresh_reconstruction:
+            reconstructions = _refreshed(game, state, images, index)
+        result = discriminator_gradients(game, state, step, running, images, reconstructions)
+        running = Running(result.batch_stats, result.logit_averages)
+        return running, result.gradients, result.metrics, None
+
+    running = Running(discriminator.batch_stats, discriminator.logit_averages)
+    running, gradients, metrics, _ = accumulate(
+        micro_batch,
+        running,
+        discriminator.params,
+        (images, reconstructions),
+        game.config.optimizer.accumulate,
+    )
+    updates, opt_state = game.discriminator_optimizer.update(
+        gradients, discriminator.opt_state, discriminator.params
+    )
+    metrics["gradient_norm/discriminator"] = optax.tree.norm(gradients)
+    metrics["learning_rate/discriminator"] = game.discriminator_schedule(step)
+    discriminator = discriminator.replace(
+        params=optax.apply_updates(discriminator.params, updates),
+        batch_stats=running.batch_stats,
+        opt_state=opt_state,
+        logit_averages=running.logit_averages,
+    )
+    return state.replace(discriminator=discriminator), metrics
+
+
+@flax.struct.dataclass
+class Running:
+    """Statistics that each micro-batch moves on."""
+
+    batch_stats: dict
+    logit_averages: jax.Array
+
+
+@flax.struct.dataclass
+class Played:
+    """What one micro-batch of the adversarial game gives the discriminator."""
+
+    gradients: dict
+    metrics: dict
+    batch_stats: dict
+    logit_averages: jax.Array
+
+
+def discriminator_gradients(
+    game: Game, state: TokenizerState, step, running: Running, images, reconstructions
+) -> Played:
+    """Gradients of the discriminator's loss; zeros before the adversarial game starts.
+
+    Real and fake go through the discriminator one after the other, as in the reference, so that
+    BatchNorm sees each by itself.
+    """
+    config = game.config.discriminator
+    real_average, fake_average = running.logit_averages
+
+    def play(batch_stats):
+        def logits_of(params, images, batch_stats):
+            logits, updates = game.discriminator.apply(
+                {"params": params, "batch_stats": batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            return logits, updates.get("batch_stats", {})
+
+        def loss(params):
+            real, moved = logits_of(params, images, batch_stats)
+            fake, moved = logits_of(params, reconstructions, moved)
+            raw = adversarial.discriminator_loss(config.loss, real, fake)
+            total = adversarial_share(game, step) * raw
+            metrics = {
+                "raw/discriminator": raw,
+                "logits/real": jnp.mean(real),
+                "logits/fake": jnp.mean(fake),
+            }
+            if config.lecam > 0:
+                metrics["raw/lecam"] = adversarial.lecam(real, fake, real_average, fake_average)
+                metrics["weighted/lecam"] = config.lecam * metrics["raw/lecam"]
+                total += metrics["weighted/lecam"]
+            metrics["loss/discriminator"] = total
+            return total, (metrics, moved)
+
+        gradients, (metrics, moved) = jax.grad(loss, has_aux=True)(state.discriminator.params)
+        means = jnp.stack([metrics["logits/real"], metrics["logits/fake"]])
+        averages = running.logit_averages
+        averages = config.lecam_decay * averages + (1.0 - config.lecam_decay) * means
+        return Played(gradients, metrics, moved, averages)
+
+    return when_playing(game, step, play, running.batch_stats)
+
+
+def _refreshed(game: Game, state: TokenizerState, images, index):
+    """Reconstructions by the generator as it is now, in training mode."""
+    (reconstructions, _), _ = game.tokenizer.apply(
+        {"params": state.generator.params, "codebook": state.generator.codebook},
+        images,
+        train=True,
+        temperature=game.temperature(state.step - 1),
+        rngs=micro_batch_keys(game, state.step - 1, index),
+        mutable=["codebook"],
+    )
+    return reconstructions

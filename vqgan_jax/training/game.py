@@ -1,0 +1,110 @@
+"""The players of stage 1 and what they play with: networks, optimisers and schedules of a config."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from vqgan_jax.models.discriminator import PatchDiscriminator
+from vqgan_jax.models.lpips import LPIPS
+from vqgan_jax.models.vqgan import VQGAN
+from vqgan_jax.training import optimizers
+from vqgan_jax.training.states import (
+    DiscriminatorState,
+    GeneratorState,
+    TokenizerState,
+    step_key,
+)
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The computation's dtype; "auto" is bfloat16 on accelerators and float32 on the CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def make_vqgan(model: ConfigDict) -> VQGAN:
+    """The tokenizer that a config's `model` describes."""
+    fields = model.to_dict()
+    fields["dtype"] = compute_dtype(fields["dtype"])
+    return VQGAN(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Game:
+    """Everything about a run that does not change from step to step."""
+
+    config: ConfigDict
+    tokenizer: VQGAN
+    discriminator: PatchDiscriminator
+    perceptual: LPIPS
+    generator_schedule: optax.Schedule
+    discriminator_schedule: optax.Schedule
+    generator_optimizer: optax.GradientTransformation
+    discriminator_optimizer: optax.GradientTransformation
+    temperature: optax.Schedule
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "Game":
+        """The game that a tokenizer's config describes."""
+        dtype = compute_dtype(config.model.dtype)
+        optimizer, training = config.optimizer, config.training
+        peak = optimizers.peak_learning_rate(optimizer, training.batch_size)
+        schedules = [
+            optimizers.learning_rate_schedule(optimizer, rate, training.num_steps)
+            for rate in (peak, optimizer.discriminator_learning_rate or peak)
+        ]
+        return cls(
+            config=config,
+            tokenizer=make_vqgan(config.model),
+            discriminator=PatchDiscriminator(
+                channels=config.discriminator.channels,
+                num_layers=config.discriminator.num_layers,
+                norm=config.discriminator.norm,
+                dtype=dtype,
+            ),
+            perceptual=LPIPS(config.loss.perceptual_network.backbone, dtype=dtype),
+            generator_schedule=schedules[0],
+            discriminator_schedule=schedules[1],
+            generator_optimizer=optimizers.make_optimizer(optimizer, schedules[0]),
+            discriminator_optimizer=optimizers.make_optimizer(optimizer, schedules[1]),
+            temperature=optimizers.temperature_schedule(config.temperature),
+        )
+
+    def init(self, images: jax.Array) -> TokenizerState:
+        """The state before the first step; `images` are the first batch, in [-1, 1].
+
+        ActNorm and k-means start from these images; everything else from the seed alone.
+        """
+        key = step_key(self.config.seed, 0, "params")
+        tokenizer_key, discriminator_key = jax.random.split(key)
+        generator = self.init_generator(self.tokenizer.init(tokenizer_key, images))
+        discriminator = None
+        if self.config.discriminator.enabled:
+            variables = self.discriminator.init(discriminator_key, images, train=True)
+            discriminator = self.init_discriminator(variables)
+        return TokenizerState(jnp.zeros((), jnp.int32), generator, discriminator)
+
+    def init_generator(self, variables) -> GeneratorState:
+        """The generator's state around given variables, its optimiser fresh."""
+        params = variables["params"]
+        keep_average = self.config.optimizer.ema_decay > 0
+        return GeneratorState(
+            params=params,
+            codebook=variables.get("codebook", {}),
+            opt_state=self.generator_optimizer.init(params),
+            ema_params=jax.tree.map(jnp.copy, params) if keep_average else None,
+        )
+
+    def init_discriminator(self, variables) -> DiscriminatorState:
+        """The discriminator's state around given variables, its optimiser fresh."""
+        params = variables["params"]
+        return DiscriminatorState(
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=self.discriminator_optimizer.init(params),
+            logit_averages=jnp.zeros(2),
+        )

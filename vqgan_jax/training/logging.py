@@ -1,0 +1,239 @@
+"""The way of metrics from the device to people: fetched late, checked, written to disk.
+
+`DeferredMetrics` brings them to the host without the device waiting, `check_finite` stops a run
+that has diverged, and `MetricWriter` keeps them as JSON lines, TensorBoard events and, where a
+project is named, in Weights & Biases.
+"""
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+
+from vqgan_jax.configuration import ConfigError
+
+
+class NonFiniteError(ValueError):
+    """A metric is infinite or not a number; the message names it and says what to try."""
+
+
+def check_finite(step: int, metrics: Mapping[str, float]) -> None:
+    """Raises `NonFiniteError` if any metric of the step is infinite or not a number."""
+    bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteError(
+            f"Step {step}: {', '.join(bad)}. The run stops here and its checkpoints stay as they "
+            "are. Go on from the last of them with a lower config.optimizer.learning_rate, a later "
+            "config.discriminator.start, config.optimizer.clip_norm=1.0 or "
+            "config.model.dtype=float32."
+        )
+
+
+class DeferredMetrics:
+    """Fetches metrics one step late, so that the device never waits for the host.
+
+    To fetch the metrics of the step that was just dispatched, the host would have to wait until
+    the device is done with it, and the device would then stand idle until the next dispatch.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[int, Any] | None = None
+
+    def push(self, step: int, metrics: Any) -> tuple[int, dict[str, float]] | None:
+        """Takes a step's metrics and returns those of the step before.
+
+        Args:
+            step: the step that the metrics belong to.
+            metrics: pytree of scalars, on the device or not. Nested names are joined by "/".
+
+        Returns:
+            (step, metrics by name) of the last call, or None on the first. Bfloat16 and float32
+            values are exact. The step has been computed when the call returns, so times taken
+            after it are times of finished work.
+        """
+        for leaf in jax.tree.leaves(metrics):
+            if isinstance(leaf, jax.Array):
+                leaf.copy_to_host_async()
+        previous = self.flush()
+        self._pending = (step, metrics)
+        return previous
+
+    def flush(self) -> tuple[int, dict[str, float]] | None:
+        """What the next `push` would return: before an evaluation, a checkpoint and the end."""
+        if self._pending is None:
+            return None
+        step, metrics = self._pending
+        self._pending = None
+        leaves = jax.tree_util.tree_flatten_with_path(metrics)[0]
+        return step, {
+            jax.tree_util.keystr(path, simple=True, separator="/"): float(np.asarray(leaf))
+            for path, leaf in leaves
+        }
+
+
+class MetricWriter:
+    """Writes metrics and pictures of a run, on process 0; the other processes write nothing.
+
+    - `workdir/metrics.jsonl`: an object a write, {"step": 100, "loss": 0.25}. Floats have all the
+      digits they need to be read back bit for bit; infinities and NaN stand as the strings
+      "Infinity", "-Infinity" and "NaN", which JSON has no numbers for and `float` reads.
+    - `workdir/tensorboard`: events for TensorBoard.
+    - `workdir/images`: pictures as PNG.
+    - Weights & Biases, if a project is named.
+
+    Args:
+        workdir: directory of the run; made if missing.
+        wandb_project: Weights & Biases project; empty for none.
+        config_json: the run's config as JSON, shown in TensorBoard and Weights & Biases.
+        resume_step: the step a resumed run goes on from. What was written for later steps is
+            dropped, as it will be computed again. None for a new run: nothing is dropped.
+
+    Raises:
+        ConfigError: a project is named and the package `wandb` is not installed.
+        ValueError: `metrics.jsonl` is not what this class writes. The file is left as it is. A
+            last line cut off in the middle of a write is no error; it is dropped.
+        OSError: the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        wandb_project: str = "",
+        config_json: str = "",
+        resume_step: int | None = None,
+    ) -> None:
+        self._is_writer = jax.process_index() == 0
+        if not self._is_writer:
+            return
+        self._workdir = pathlib.Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        path = self._workdir / "metrics.jsonl"
+        _drop_lines_after(path, resume_step)
+        self._wandb_run = None
+        if wandb_project:
+            self._wandb_run = _start_wandb(self._workdir, wandb_project, config_json, resume_step)
+        self._jsonl = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(
+            str(self._workdir / "tensorboard"),
+            # Events from this step on are hidden, and those of resume_step itself are kept.
+            purge_step=None if resume_step is None else resume_step + 1,
+            flush_secs=10,
+            # Names have whole seconds only: a quick restart would overwrite the file before it.
+            filename_suffix=f".{os.getpid()}.{time.time_ns()}",
+        )
+        if config_json and resume_step is None:
+            self._tensorboard.add_text("config", f"```json\n{config_json}\n```", 0)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one line and one event a metric; a killed process loses no line."""
+        if not self._is_writer:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        line = {"step": step} | {name: _json_number(value) for name, value in values.items()}
+        self._jsonl.write(json.dumps(line, allow_nan=False) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb_run is not None:
+            self._wandb_run.log({"step": step, **values})
+
+    def write_images(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Writes a picture as `images/{name}_{step:08d}.png` and to TensorBoard.
+
+        Args:
+            step: the step it belongs to.
+            name: what it shows; "/" in it makes a folder.
+            picture: (H, W, 3) uint8.
+        """
+        if not self._is_writer:
+            return
+        path = self._workdir / "images" / f"{name}_{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+        self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+        if self._wandb_run is not None:
+            import wandb
+
+            self._wandb_run.log({"step": step, name: wandb.Image(picture)})
+
+    def close(self) -> None:
+        """Finishes all files; the writer takes nothing more."""
+        if not self._is_writer:
+            return
+        self._jsonl.close()
+        self._tensorboard.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
+
+
+def _json_number(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _drop_lines_after(path: pathlib.Path, step: int | None) -> None:
+    """Rewrites a JSON-lines file without later steps (None: with all) and without half a line."""
+    if not path.exists():
+        return
+    limit = math.inf if step is None else step
+    content = path.read_bytes()
+    lines = content.split(b"\n")
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            is_kept = json.loads(line)["step"] <= limit
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):  # no newline ends it: empty, or a write that was cut off
+                continue
+            raise ValueError(
+                f"{path}, line {number} is not a JSON object with a step, so the steps to drop "
+                "cannot be told; repair the line or move the file away."
+            ) from None
+        if is_kept:
+            kept.append(line + b"\n")
+    if b"".join(kept) == content:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _start_wandb(
+    workdir: pathlib.Path, project: str, config_json: str, resume_step: int | None
+) -> Any:
+    """Starts a Weights & Biases run, or goes on with the one that the directory remembers."""
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            f"config.training.wandb_project is {project!r} and the package wandb is not installed; "
+            'run `pip install "vqgan_jax[wandb]"` or leave the project empty.'
+        ) from None
+    id_path = workdir / "wandb_id.txt"
+    run_id = id_path.read_text().strip() if resume_step is not None and id_path.exists() else None
+    run = wandb.init(
+        project=project,
+        name=workdir.resolve().name,
+        dir=workdir,
+        id=run_id,
+        resume="allow",
+        config=json.loads(config_json) if config_json else None,
+    )
+    # Its own step count never goes back, as a resumed run does: ours is a metric like the others.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    id_path.write_text(run.id + "\n")
+    return run

@@ -1,0 +1,103 @@
+"""The line a run prints every so often: how far, how good, how fast, how long still."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TextIO
+
+import jax
+
+
+class Progress:
+    """Prints plain lines, which read the same in a terminal and in a log file.
+
+    A line covers the steps since the line before:
+
+        step  1200/10000  12.0%  l1 0.1034  lpips 0.412  312.5 images/s  data wait 3%  left 1:23:45
+
+    The rate and the share of time spent waiting for data leave out what `paused` covers; the time
+    left does not, as there will be more evaluations. It leaves out the steps before the first line
+    instead, because these include the compilation.
+
+    Args:
+        total_steps: the last step of the run.
+        batch_size: images a step, on all devices together.
+        start_step: the step that the run goes on from.
+        stream: where lines go; None is standard output. Only process 0 prints.
+        clock: seconds from any origin, never going back.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        batch_size: int,
+        start_step: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._total_steps = total_steps
+        self._batch_size = batch_size
+        self._stream = sys.stdout if stream is None else stream
+        self._clock = clock
+        self._first_step, self._first_time = start_step, clock()
+        self._has_reported = False
+        self._start_window(start_step, self._first_time)
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around the fetch of a batch: its time counts as waiting for data."""
+        start = self._clock()
+        yield
+        self._data_wait += self._clock() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around an evaluation or a checkpoint: its time does not count against the rate."""
+        start = self._clock()
+        yield
+        self._paused += self._clock() - start
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Prints the line of a step and begins the next window.
+
+        Args:
+            step: a step whose results have arrived on the host. For one that is only dispatched
+                the rate would be that of the dispatch.
+            metrics: the figures to show, in this order.
+        """
+        now = self._clock()
+        seconds = now - self._window_time - self._paused
+        steps = step - self._window_step
+        rate = steps * self._batch_size / seconds if seconds > 0 else 0.0
+        wait = self._data_wait / seconds if seconds > 0 else 0.0
+        width = len(str(self._total_steps))
+        parts = [
+            f"step {step:>{width}}/{self._total_steps}",
+            f"{step / self._total_steps:6.1%}",
+            *(f"{name} {value:.4g}" for name, value in metrics.items()),
+            f"{rate:.1f} images/s",
+            f"data wait {wait:.0%}",
+            f"left {format_duration(self._seconds_left(step, now))}",
+        ]
+        if jax.process_index() == 0:
+            print("  ".join(parts), file=self._stream, flush=True)
+        if not self._has_reported:
+            self._first_step, self._first_time = step, now
+            self._has_reported = True
+        self._start_window(step, now)
+
+    def _seconds_left(self, step: int, now: float) -> float:
+        done = max(1, step - self._first_step)
+        return (self._total_steps - step) * (now - self._first_time) / done
+
+    def _start_window(self, step: int, now: float) -> None:
+        self._window_step, self._window_time = step, now
+        self._data_wait = self._paused = 0.0
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as mm:ss, or h:mm:ss from one hour on, rounded to the nearest second."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
