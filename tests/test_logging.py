@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -181,8 +182,6 @@ def test_other_processes_write_nothing(tmp_path):
         "Progress(10, 4).report(1, {'loss': 0.5})\n"
         "writer.close()\n"
     )
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -202,11 +201,14 @@ def test_other_processes_write_nothing(tmp_path):
     assert "loss 0.5" in printed[0] and printed[1] == ""
 
 
-def test_a_missing_wandb_is_named_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_missing_wandb_is_named_before_anything_is_touched(tmp_path, monkeypatch):
+    content = '{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_text(content)
     monkeypatch.setitem(sys.modules, "wandb", None)  # makes the import fail
     with pytest.raises(ConfigError, match=r'pip install "vqgan_jax\[wandb\]"'):
-        MetricWriter(tmp_path / "run", wandb_project="tokenizers")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        MetricWriter(tmp_path, wandb_project="tokenizers", resume_step=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == content
 
 
 def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
@@ -246,18 +248,17 @@ def test_deferred_metrics_come_one_step_late_and_exact():
 
 
 def test_push_does_not_wait_for_the_step_that_it_takes():
-    waiting, log = __import__("threading").Event(), []
+    @jax.jit
+    def slow(matrix):
+        return jax.lax.fori_loop(0, 300, lambda _, power: power @ matrix, matrix).sum()
 
-    def hold(x):
-        log.append(waiting.wait(30))
-        return x
-
-    slow = jax.jit(lambda x: jax.pure_callback(hold, jax.ShapeDtypeStruct((), jnp.float32), x) + 1)
+    matrix = jnp.eye(512)
+    slow(matrix).block_until_ready()
     deferred = DeferredMetrics()
-    assert deferred.push(1, {"loss": slow(jnp.float32(1))}) is None
-    waiting.set()  # had push waited for the value, hold would have run out of patience
-    assert deferred.flush() == (1, {"loss": 2.0})
-    assert log == [True]
+    loss = slow(matrix)
+    assert deferred.push(1, {"loss": loss}) is None
+    assert not loss.is_ready()
+    assert deferred.flush() == (1, {"loss": 512.0})
 
 
 def test_non_finite_metrics_stop_with_step_name_and_advice():
@@ -289,7 +290,8 @@ def test_the_progress_line():
     clock.now += 9.0
     with progress.paused():
         clock.now += 40.0
-    progress.report(200, {"l1": 0.1, "lpips": 0.4})
+    speed = progress.report(200, {"l1": 0.1, "lpips": 0.4})
+    assert speed == {"images_per_second": 80.0, "data_wait": 0.1}
     assert stream.getvalue().splitlines() == [
         # 50 steps x 16 images in 60 s; 850 steps left at 1.2 s each
         "step  150/1000   15.0%  l1 0.1235  13.3 images/s  data wait 0%  left 17:00",

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import io
 import pathlib
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ RESOLUTIONS = (64, 128, 256)
 PIXELS_PER_DEGREE = 15
 GRID = (180 * PIXELS_PER_DEGREE, 360 * PIXELS_PER_DEGREE)  # height, width
 LATITUDES = (84, -60)  # north, south
-BANDS = {  # degrees of longitude, west to east; each split has every climate from boreal to tropical
+BANDS = {  # degrees of longitude, west to east; each split has boreal to tropical climates
     "train": ((-180, 0), (48, 90), (137, 180)),  # the Americas, the Middle East, India, Oceania
     "validation": ((2, 46),),  # Europe and Africa
     "test": ((92, 135),),  # East Asia, western Australia
@@ -213,7 +214,9 @@ def resolve_earth(name: str, resolution: int) -> str:
                 f"config.model.resolution is {resolution}."
             )
     if chosen not in sizes:
-        raise DataError(f"{name!r} does not exist; there are {', '.join('earth/' + s for s in sizes)}.")
+        raise DataError(
+            f"{name!r} does not exist; there are {', '.join('earth/' + s for s in sizes)}."
+        )
     if int(chosen) < resolution:
         raise DataError(
             f"{name} is for resolutions up to {chosen}; config.model.resolution is {resolution}. "
@@ -223,7 +226,7 @@ def resolve_earth(name: str, resolution: int) -> str:
 
 
 def prepare_earth(config_name: str, data_dir: str | pathlib.Path = "") -> Earth:
-    """The builder of `earth/CONFIG_NAME`, prepared in `data_dir` (once, about half a minute).
+    """The builder of `earth/CONFIG_NAME`, prepared in `data_dir` (once, about ten seconds).
 
     Several processes may call this at once: one prepares, the others wait for it.
     """
@@ -234,6 +237,8 @@ def prepare_earth(config_name: str, data_dir: str | pathlib.Path = "") -> Earth:
     with file_lock(root / f"earth-{config_name}.lock"):
         if not (builder.data_path / "dataset_info.json").exists():
             print(f"Preparing earth/{config_name} in {root}", file=sys.stderr, flush=True)
+            for left_over in builder.data_path.parent.glob("incomplete.*"):  # of a killed process
+                shutil.rmtree(left_over)
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(io.StringIO()):  # it announces an "Unknown size"
                 builder.download_and_prepare(file_format="array_record")

@@ -77,7 +77,7 @@ def fetch_package(package: PinnedPackage, data_dir: str | os.PathLike = "") -> p
     return path
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _sha256(path: pathlib.Path, _modified: int) -> str:
     """Hash of a file; kept for the process as long as the file is not modified."""
     with path.open("rb") as file:
@@ -122,8 +122,8 @@ def _explain(package: PinnedPackage, path: pathlib.Path, output: str) -> str:
             f"{package.sha256}, so it was not kept. Check which index pip uses, {by_hand}."
         )
     errors = [line for line in output.splitlines() if line.startswith("ERROR:")]
-    reason = errors[-1].removeprefix("ERROR:").strip() if errors else "pip gave no reason."
+    reason = errors[-1].removeprefix("ERROR:").strip(" .") if errors else "pip gave no reason"
     return (
-        f"Cannot download {package.requirement}: {reason} "
+        f"Cannot download {package.requirement}: {reason}. "
         f"Check the network and pip's settings, {by_hand}."
     )

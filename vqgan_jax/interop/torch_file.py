@@ -1,10 +1,8 @@
-"""Reads and writes PyTorch checkpoint files without PyTorch, and without running what they hold.
+"""Reads and writes PyTorch checkpoint files without PyTorch.
 
 A checkpoint is a pickle whose tensors point to storages: since PyTorch 1.6 a zip archive with
-`NAME/data.pkl` and one record `NAME/data/KEY` a storage, before that four pickles in a row with
-the storages behind them. A pickle is a program, and `torch.load` of an untrusted one runs it; here
-every name that the program mentions is looked up in one short table, and what is not in it becomes
-an object that swallows everything and does nothing.
+`NAME/data.pkl` and one record `NAME/data/KEY` a storage, before that five pickles in a row with
+the storages behind them. Nothing in a file is executed: see `torch_pickle.py`.
 """
 
 import io
@@ -17,204 +15,25 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
+
+from vqgan_jax.interop.torch_pickle import (
+    DTYPES,
+    STORAGES,
+    CheckpointFileError,
+    Dtype,
+    Storage,
+    Tensor,
+    Unpickler,
+)
 
 _ZIP_START = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _ALIGNMENT = 64  # bytes; where PyTorch starts a record, so that a memory map is aligned
 
-_DTYPES = {
-    name: np.dtype(getattr(ml_dtypes, name, None) or name)
-    for name in (
-        *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
-        *("complex128", "complex64", "bool"),
-        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
-    )
-}
-_DTYPE_ALIASES = {"double": "float64", "float": "float32", "half": "float16", "long": "int64"}
-_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "ComplexDoubleStorage": "complex128",
-    "ComplexFloatStorage": "complex64",
-    "BoolStorage": "bool",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "UntypedStorage": "uint8",
-}
-_STORAGE_OF_DTYPE = {dtype: name for name, dtype in _STORAGES.items() if name != "UntypedStorage"}
-
-
-class CheckpointFileError(ValueError):
-    """A file that cannot be read or written as a checkpoint; says which, why and what to do."""
-
-
-class Unknown:
-    """Stands for every object whose class the reader does not know.
-
-    It takes any construction, state, item or call, keeps none of it, and can be a dictionary's key.
-    """
-
-    __slots__ = ()
-
-    def __new__(cls, *_args, **_kwargs):
-        """Takes the arguments of any class."""
-        return object.__new__(cls)
-
-    def __init__(self, *_args, **_kwargs):
-        pass
-
-    def __call__(self, *_args, **_kwargs):
-        """Gives another unknown object."""
-        return Unknown()
-
-    def __setstate__(self, *_state):
-        pass
-
-    def __setitem__(self, _key, _value):
-        pass
-
-    def append(self, _item):
-        """Keeps nothing."""
-
-    def extend(self, _items):
-        """Keeps nothing."""
-
-    def add(self, _item):
-        """Keeps nothing."""
-
-
-# Everything that an unpickler hands out is one of these: all inherit the deaf `__setstate__`, so
-# that a BUILD instruction cannot alter the reader's own objects.
-
-
-class _Storage(Unknown):
-    __slots__ = ("dtype", "key", "size")
-
-    def __init__(self, dtype: str, key: str, size: int):
-        self.dtype, self.key, self.size = dtype, key, size
-
-
-class _Tensor(Unknown):
-    __slots__ = ("dtype", "offset", "shape", "storage", "strides")
-
-    def __init__(self, storage, dtype, offset, shape, strides):
-        self.storage, self.dtype = storage, dtype
-        self.offset, self.shape, self.strides = offset, shape, strides
-
-
-class _Dtype(Unknown):
-    __slots__ = ("name",)
-
-    def __init__(self, name: str):
-        self.name = name
-
-
-class _StorageType(Unknown):
-    __slots__ = ("dtype",)
-
-    def __init__(self, dtype: str):
-        self.dtype = dtype
-
-
-class _Function(Unknown):
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, *args, **_kwargs):
-        return self.function(*args)
-
-
-class _Dictionary(dict):
-    __slots__ = ()
-
-    def __setstate__(self, *_state):  # PyTorch hangs a version table on its state dicts
-        pass
-
-
-def _rebuild_tensor(storage, offset, shape, strides, *_rest):
-    if not isinstance(storage, _Storage):
-        return Unknown()
-    return _Tensor(storage, storage.dtype, offset, shape, strides)
-
-
-def _rebuild_tensor_v3(storage, offset, shape, strides, _grad, _hooks, dtype, *_rest):
-    if not isinstance(storage, _Storage) or not isinstance(dtype, _Dtype):
-        return Unknown()
-    return _Tensor(storage, dtype.name, offset, shape, strides)
-
-
-def _rebuild_from_type(function, _type, args, *_state):
-    return function(*args) if isinstance(function, _Function) else Unknown()
-
-
-def _device(kind, index=None):
-    return kind if index is None else f"{kind}:{index}"
-
-
-_FUNCTIONS = {
-    ("collections", "OrderedDict"): _Dictionary,
-    ("torch", "Size"): tuple,
-    ("torch", "device"): _device,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_rest: tensor,
-    ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_rest: tensor,
-    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors and containers; imports nothing and calls nothing else."""
-
-    def __init__(self, file, path: Path):
-        super().__init__(file, encoding="utf-8", errors="replace")
-        self.path = path
-        self.storages: dict[str, _Storage] = {}
-
-    def find_class(self, module: str, name: str):
-        function = _FUNCTIONS.get((module, name))
-        if function is not None:
-            return _Function(function)
-        if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
-            return _StorageType(_STORAGES[name])
-        if module == "torch" and _DTYPE_ALIASES.get(name, name) in _DTYPES:
-            return _Dtype(_DTYPE_ALIASES.get(name, name))
-        return type("UnknownClass", (Unknown,), {"__slots__": (), "origin": f"{module}.{name}"})
-
-    def persistent_load(self, pid):
-        if not isinstance(pid, tuple) or not pid:
-            return Unknown()
-        if pid[0] == "module" and len(pid) == 4:
-            return pid[1]
-        if not (
-            pid[0] == "storage"
-            and len(pid) in (5, 6)
-            and isinstance(pid[1], _StorageType)
-            and isinstance(pid[2], str)
-            and isinstance(pid[4], int)
-        ):
-            return Unknown()
-        if len(pid) == 6 and pid[5] is not None:
-            raise CheckpointFileError(
-                f"{self.path}: holds views of storages, as only PyTorch before 1.0 wrote them; "
-                "load and save it once with a newer PyTorch."
-            )
-        known = self.storages.setdefault(pid[2], _Storage(pid[1].dtype, pid[2], pid[4]))
-        # one storage may be mentioned as several types: keep each mention's own
-        same = (known.dtype, known.size) == (pid[1].dtype, pid[4])
-        return known if same else _Storage(pid[1].dtype, pid[2], pid[4])
+_STORAGE_OF_DTYPE = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
@@ -237,21 +56,26 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         start = file.read(4)
     try:
         if start == _ZIP_START:
-            tree, storage_bytes = _open_zip(path)
+            tree, storage_bytes, big_endian = _open_zip(path)
         elif start[:1] == pickle.PROTO:
-            tree, storage_bytes = _open_legacy(path)
+            tree, storage_bytes, big_endian = _open_legacy(path)
         else:
             raise CheckpointFileError(
                 f"{path}: is no PyTorch checkpoint (neither a zip archive nor a pickle); check "
                 "that the download is the file itself and not a web page."
             )
-        tree = _with_arrays(tree, lambda tensor: _array(tensor, storage_bytes, path), {})
+
+        def array(tensor: Tensor) -> np.ndarray:
+            return _array(tensor, storage_bytes, big_endian, path)
+
+        tree = _with_arrays(tree, array, {})
     except (CheckpointFileError, OSError):
         raise
     except Exception as error:  # a damaged or hostile pickle ends in any of Python's errors
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointFileError(
-            f"{path}: is damaged or no PyTorch checkpoint ({type(error).__name__}: {error}); "
-            "download or copy it again."
+            f"{path}: is damaged or no PyTorch checkpoint ({reason[:200]}); download or copy it "
+            "again."
         ) from error
     if not isinstance(tree, dict):
         raise CheckpointFileError(
@@ -301,28 +125,27 @@ def _open_zip(path: Path):
 
     big_endian = root + "byteorder" in records and record("byteorder").tobytes() == b"big"
 
-    def storage_bytes(storage: _Storage) -> np.ndarray:
-        values = record(f"data/{storage.key}")
-        return _swapped(values, storage.dtype) if big_endian else values
+    def storage_bytes(storage: Storage) -> np.ndarray:
+        return record(f"data/{storage.key}")
 
-    unpickler = _Unpickler(io.BytesIO(record("data.pkl").tobytes()), path)
-    return unpickler.load(), storage_bytes
+    unpickler = Unpickler(io.BytesIO(record("data.pkl").tobytes()), path)
+    return unpickler.load(), storage_bytes, big_endian
 
 
 def _open_legacy(path: Path):
     file = _mapped(path)
     file_bytes = np.frombuffer(file, np.uint8)
-    if _Unpickler(file, path).load() != _LEGACY_MAGIC:
+    if Unpickler(file, path).load() != _LEGACY_MAGIC:
         raise CheckpointFileError(f"{path}: is a pickle but no PyTorch checkpoint.")
-    if _Unpickler(file, path).load() != _LEGACY_PROTOCOL:
+    if Unpickler(file, path).load() != _LEGACY_PROTOCOL:
         raise CheckpointFileError(
             f"{path}: is of an unknown version of PyTorch's old format; load and save it once "
             "with PyTorch."
         )
-    system = _Unpickler(file, path).load()
-    unpickler = _Unpickler(file, path)
+    system = Unpickler(file, path).load()
+    unpickler = Unpickler(file, path)
     tree = unpickler.load()
-    keys = _Unpickler(file, path).load()
+    keys = Unpickler(file, path).load()
     position = file.tell()
 
     big_endian = isinstance(system, dict) and system.get("little_endian") is False
@@ -331,7 +154,7 @@ def _open_legacy(path: Path):
         storage = unpickler.storages[key]
         header = file_bytes[position : position + 8].tobytes()
         count = int.from_bytes(header, "big" if big_endian else "little")
-        size = count * _DTYPES[storage.dtype].itemsize
+        size = count * DTYPES[storage.dtype].itemsize
         position += 8
         if len(header) < 8 or position + size > file_bytes.size:
             raise CheckpointFileError(
@@ -340,30 +163,24 @@ def _open_legacy(path: Path):
         places[key] = slice(position, position + size)
         position += size
 
-    def storage_bytes(storage: _Storage) -> np.ndarray:
+    def storage_bytes(storage: Storage) -> np.ndarray:
         if storage.key not in places:
             raise CheckpointFileError(
                 f"{path}: lacks the storage {storage.key}; download or copy it again."
             )
-        values = file_bytes[places[storage.key]]
-        return _swapped(values, storage.dtype) if big_endian else values
+        return file_bytes[places[storage.key]]
 
-    return tree, storage_bytes
-
-
-def _swapped(values: np.ndarray, dtype: str) -> np.ndarray:
-    width = _DTYPES[dtype].itemsize // (2 if dtype.startswith("complex") else 1)
-    return values.view(f"u{width}").byteswap().view(np.uint8)
+    return tree, storage_bytes, big_endian
 
 
-def _array(tensor: _Tensor, storage_bytes: Callable, path: Path) -> np.ndarray:
-    dtype, storage = _DTYPES[tensor.dtype], tensor.storage
+def _array(tensor: Tensor, storage_bytes: Callable, big_endian: bool, path: Path) -> np.ndarray:
+    dtype, storage = DTYPES[tensor.dtype], tensor.storage
     offset, shape, strides = tensor.offset, tensor.shape, tensor.strides
     values = storage_bytes(storage) if storage.size else np.empty(0, np.uint8)
-    if values.size != storage.size * _DTYPES[storage.dtype].itemsize:
+    if values.size != storage.size * DTYPES[storage.dtype].itemsize:
         raise CheckpointFileError(
             f"{path}: storage {storage.key} has {values.size} bytes instead of "
-            f"{storage.size * _DTYPES[storage.dtype].itemsize}; download or copy it again."
+            f"{storage.size * DTYPES[storage.dtype].itemsize}; download or copy it again."
         )
     numbers = (offset, *shape, *strides)
     reach = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
@@ -376,7 +193,11 @@ def _array(tensor: _Tensor, storage_bytes: Callable, path: Path) -> np.ndarray:
         )
     if math.prod(shape) == 0:
         return np.empty(shape, dtype)
-    values = values[: values.size // dtype.itemsize * dtype.itemsize].view(dtype)[offset:]
+    values = values[: values.size // dtype.itemsize * dtype.itemsize]
+    if big_endian:
+        width = dtype.itemsize // (2 if dtype.kind == "c" else 1)
+        values = values.view(f"u{width}").byteswap()
+    values = values.view(dtype)[offset:]
     byte_strides = [stride * dtype.itemsize for stride in strides]
     return as_strided(values, shape, byte_strides, writeable=False)
 
@@ -385,9 +206,9 @@ def _with_arrays(value, array: Callable, done: dict):
     """The tree with plain containers, arrays for tensors, and cycles kept."""
     if id(value) in done:
         return done[id(value)][1]
-    if isinstance(value, _Tensor):
+    if isinstance(value, Tensor):
         result = array(value)
-    elif isinstance(value, _Dtype):
+    elif isinstance(value, Dtype):
         result = value.name
     elif isinstance(value, dict):
         result = {}

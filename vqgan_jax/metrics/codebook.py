@@ -30,7 +30,7 @@ def code_counts(codes: jax.Array, codebook_size: int, mask: jax.Array | None = N
     return jnp.zeros(codebook_size, jnp.int32).at[indices.reshape(-1)].add(1, mode="drop")
 
 
-def usage(counts: np.ndarray | jax.Array) -> float:
+def usage(counts: np.ndarray | jax.Array) -> jax.Array:
     """The share of codes that occur at least once, in [0, 1].
 
     Give it the counts of the whole evaluation split: the share grows with the number of tokens.
@@ -38,24 +38,18 @@ def usage(counts: np.ndarray | jax.Array) -> float:
     Args:
         counts: (K,) occurrences of each code.
     """
-    return float(np.mean(np.asarray(counts) > 0))
+    return jnp.mean(counts > 0)
 
 
-def perplexity(counts: np.ndarray | jax.Array) -> float:
+def perplexity(counts: np.ndarray | jax.Array) -> jax.Array:
     """exp(entropy) of the codes' distribution: how many codes are in use, in effect.
 
-    1 where one code is always taken, K where all are equally frequent. Give it the counts of the
-    whole evaluation split: on fewer tokens it is biased downwards, and the mean of the batches'
-    perplexities is not the perplexity of the split.
+    1 where one code is always taken, K where all are equally frequent; NaN where nothing was
+    counted. Give it the counts of the whole evaluation split: on fewer tokens it is biased
+    downwards, and the mean of the batches' perplexities is not the perplexity of the split.
 
     Args:
         counts: (K,) occurrences of each code.
-
-    Raises:
-        ValueError: nothing was counted.
     """
-    counts = np.asarray(counts, np.float64)
-    if counts.sum() == 0:
-        raise ValueError("No codes were counted, so they have no perplexity: is the split empty?")
-    frequencies = counts[counts > 0] / counts.sum()
-    return float(np.exp(-np.sum(frequencies * np.log(frequencies))))
+    frequencies = counts / counts.sum()
+    return jnp.exp(jnp.sum(jax.scipy.special.entr(frequencies)))

@@ -5,11 +5,13 @@ that has diverged, and `MetricWriter` keeps them as JSON lines, TensorBoard even
 project is named, in Weights & Biases.
 """
 
+import importlib
 import json
 import math
 import os
 import pathlib
 import time
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,13 +116,11 @@ class MetricWriter:
         self._is_writer = jax.process_index() == 0
         if not self._is_writer:
             return
+        self._wandb = _import_wandb(wandb_project) if wandb_project else None
         self._workdir = pathlib.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / "metrics.jsonl"
         _drop_lines_after(path, resume_step)
-        self._wandb_run = None
-        if wandb_project:
-            self._wandb_run = _start_wandb(self._workdir, wandb_project, config_json, resume_step)
         self._jsonl = path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(
             str(self._workdir / "tensorboard"),
@@ -132,6 +132,8 @@ class MetricWriter:
         )
         if config_json and resume_step is None:
             self._tensorboard.add_text("config", f"```json\n{config_json}\n```", 0)
+        if self._wandb is not None:
+            self._wandb_run = self._start_wandb(wandb_project, config_json, resume_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line and one event a metric; a killed process loses no line."""
@@ -143,7 +145,7 @@ class MetricWriter:
         self._jsonl.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
-        if self._wandb_run is not None:
+        if self._wandb is not None:
             self._wandb_run.log({"step": step, **values})
 
     def write_images(self, step: int, name: str, picture: np.ndarray) -> None:
@@ -160,10 +162,8 @@ class MetricWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path)
         self._tensorboard.add_image(name, picture, step, dataformats="HWC")
-        if self._wandb_run is not None:
-            import wandb
-
-            self._wandb_run.log({"step": step, name: wandb.Image(picture)})
+        if self._wandb is not None:
+            self._wandb_run.log({"step": step, name: self._wandb.Image(picture)})
 
     def close(self) -> None:
         """Finishes all files; the writer takes nothing more."""
@@ -171,8 +171,26 @@ class MetricWriter:
             return
         self._jsonl.close()
         self._tensorboard.close()
-        if self._wandb_run is not None:
+        if self._wandb is not None:
             self._wandb_run.finish()
+
+    def _start_wandb(self, project: str, config_json: str, resume_step: int | None) -> Any:
+        """Starts a Weights & Biases run, or goes on with the one that the directory remembers."""
+        id_path = self._workdir / "wandb_id.txt"
+        is_resumed = resume_step is not None and id_path.exists()
+        run = self._wandb.init(
+            project=project,
+            name=self._workdir.resolve().name,
+            dir=self._workdir,
+            id=id_path.read_text().strip() if is_resumed else None,
+            resume="allow",
+            config=json.loads(config_json) if config_json else None,
+        )
+        # Its own step count never goes back, as a resumed run does: ours is a metric like others.
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        id_path.write_text(run.id + "\n")
+        return run
 
 
 def _json_number(value: float) -> float | str:
@@ -211,29 +229,11 @@ def _drop_lines_after(path: pathlib.Path, step: int | None) -> None:
     os.replace(temporary, path)
 
 
-def _start_wandb(
-    workdir: pathlib.Path, project: str, config_json: str, resume_step: int | None
-) -> Any:
-    """Starts a Weights & Biases run, or goes on with the one that the directory remembers."""
+def _import_wandb(project: str) -> types.ModuleType:
     try:
-        import wandb
+        return importlib.import_module("wandb")
     except ImportError:
         raise ConfigError(
             f"config.training.wandb_project is {project!r} and the package wandb is not installed; "
             'run `pip install "vqgan_jax[wandb]"` or leave the project empty.'
         ) from None
-    id_path = workdir / "wandb_id.txt"
-    run_id = id_path.read_text().strip() if resume_step is not None and id_path.exists() else None
-    run = wandb.init(
-        project=project,
-        name=workdir.resolve().name,
-        dir=workdir,
-        id=run_id,
-        resume="allow",
-        config=json.loads(config_json) if config_json else None,
-    )
-    # Its own step count never goes back, as a resumed run does: ours is a metric like the others.
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    id_path.write_text(run.id + "\n")
-    return run

@@ -58,13 +58,16 @@ class Progress:
         yield
         self._paused += self._clock() - start
 
-    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+    def report(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Prints the line of a step and begins the next window.
 
         Args:
             step: a step whose results have arrived on the host. For one that is only dispatched
                 the rate would be that of the dispatch.
             metrics: the figures to show, in this order.
+
+        Returns:
+            The window's "images_per_second" and "data_wait", a share in [0, 1], on all processes.
         """
         now = self._clock()
         seconds = now - self._window_time - self._paused
@@ -86,6 +89,7 @@ class Progress:
             self._first_step, self._first_time = step, now
             self._has_reported = True
         self._start_window(step, now)
+        return {"images_per_second": rate, "data_wait": wait}
 
     def _seconds_left(self, step: int, now: float) -> float:
         done = max(1, step - self._first_step)

@@ -56,6 +56,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def path_name(path) -> str:
+    """A tree path as in "generator/params/encoder/conv_in/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def state_shardings(abstract_state, rules: Sequence[tuple[str, Sequence]], mesh: Mesh):
     """A sharding for each array of a state: the first rule whose regex is found in its path.
 
@@ -66,7 +71,7 @@ def state_shardings(abstract_state, rules: Sequence[tuple[str, Sequence]], mesh:
     """
 
     def sharding_of(path, leaf):
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+        name = path_name(path)
         for pattern, axes in rules:
             if re.search(pattern, name):
                 return NamedSharding(mesh, _fit(axes, leaf.shape, mesh))

@@ -1,0 +1,146 @@
+"""Data sets of tensorflow-datasets, `earth` among them, read without TensorFlow.
+
+They are stored in ArrayRecord files, which give any example by its index. Reading these needs no
+TensorFlow; preparing some data sets does, once, and can be done in another environment.
+"""
+
+import difflib
+import os
+import pathlib
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from vqgan_jax.data.decoding import decode_image, decode_label_map
+from vqgan_jax.data.earth import prepare_earth, resolve_earth
+from vqgan_jax.data.errors import DataError, UnreadableImage
+from vqgan_jax.data.packages import default_data_dir
+
+
+class NamedSource:
+    """The images of one split of a prepared builder."""
+
+    def __init__(
+        self,
+        builder: tfds.core.DatasetBuilder,
+        split: str,
+        image_key: str = "image",
+        label_map: bool = False,
+    ) -> None:
+        """Opens a split.
+
+        Raises:
+          DataError: when there is no such split or no such image feature, or when it is a label
+            map and `label_map` is not set.
+        """
+        features = builder.info.features
+        images = sorted(key for key in features if isinstance(features[key], tfds.features.Image))
+        if image_key not in images:
+            raise DataError(
+                f"config.data.image_key is {image_key!r}, but the images of {builder.name} are "
+                f"{', '.join(images) or 'none'}."
+            )
+        if builder.name == "earth" and (image_key == "segmentation") != label_map:
+            classes = features["label"].num_classes
+            needed = classes if image_key == "segmentation" else 0
+            raise DataError(
+                f"{image_key!r} of earth is {'a' if needed else 'no'} label map: set "
+                f"config.data.num_labels={needed}."
+            )
+        # Encoded images come as bytes, and those that are not asked for stay so.
+        decoders = dict.fromkeys(images, tfds.decode.SkipDecoding())
+        try:
+            self._examples = builder.as_data_source(split=split, decoders=decoders)
+        except (ValueError, KeyError) as error:
+            raise DataError(
+                f"{builder.name} has no split {split!r}; it has {', '.join(builder.info.splits)}, "
+                "and parts of these such as train[:90%]. "
+                "Set config.data.train_split and validation_split."
+            ) from error
+        self._name, self._split, self._image_key = builder.info.name, split, image_key
+        self._decode = decode_label_map if label_map else decode_image
+        label = dict(features).get("label")
+        self._has_classes = isinstance(label, tfds.features.ClassLabel)
+        self.class_names = tuple(label.names) if self._has_classes else None
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._examples)
+
+    def read(self, index: int) -> dict[str, np.ndarray | int]:
+        """One example, as in `ImageSource.read`."""
+        example = self._examples[index]
+        try:
+            image = self._decode(example[self._image_key])
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{self.describe(index)}: {error}") from error
+        return {"image": image, "label": int(example["label"]) if self._has_classes else -1}
+
+    def describe(self, index: int) -> str:
+        """The data set, split and index."""
+        return f"{self._name} {self._split}[{index}]"
+
+
+def open_builder(
+    name: str, data_dir: str | os.PathLike = "", resolution: int = 64
+) -> tfds.core.DatasetBuilder:
+    """The builder of a data set that is prepared in `data_dir` as ArrayRecord files.
+
+    Only `earth` is prepared here. The others may be hundreds of gigabytes to download, and most
+    need TensorFlow for it.
+
+    Raises:
+      DataError: when there is no such data set, or it is not prepared; the message then has the
+        commands that do it.
+    """
+    if name.partition("/")[0] == "earth":
+        return prepare_earth(resolve_earth(name, resolution), data_dir)
+    root = default_data_dir(data_dir).absolute()
+    try:
+        # From the files alone: the code of some builders cannot be imported without TensorFlow.
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=root)
+    except tfds.core.DatasetNotFoundError as error:
+        raise DataError(_not_prepared(name, root)) from error
+    if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
+        raise DataError(
+            f"{builder.data_path} is stored as {builder.info.file_format.value}, which has no "
+            f"random access. Set config.data.data_dir to another folder.\n"
+            f"{_commands(name, 'OTHER_FOLDER')}"
+        )
+    return builder
+
+
+def _not_prepared(name: str, root: pathlib.Path) -> str:
+    """Why a data set cannot be opened and what to do: a name is unknown or not prepared yet."""
+    base_name = name.partition("/")[0].partition(":")[0]
+    # Without those of the community, whose list would be downloaded.
+    known = tfds.list_builders(with_community_datasets=False)
+    if base_name not in known:
+        near = difflib.get_close_matches(base_name, [*known, "earth", "folder:PATH"], n=4)
+        meant = f" Near it are {', '.join(near)}." if near else ""
+        return (
+            f"There is no data set called {name!r}.{meant} config.data.name can be earth, "
+            "folder:PATH, or a name of tensorflow-datasets."
+        )
+    by_hand = tfds.builder_cls(base_name).MANUAL_DOWNLOAD_INSTRUCTIONS
+    first = ""
+    if by_hand:
+        first = (
+            f"Its archives must be downloaded by hand into {root / 'downloads' / 'manual'}: "
+            f"{' '.join(by_hand.split())}\n"
+        )
+    return f"{name} is not prepared in {root}.\n{first}{_commands(name, root)}"
+
+
+def _commands(name: str, root: str | os.PathLike) -> str:
+    """How to prepare a data set once, in an environment with TensorFlow."""
+    code = (
+        f"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{root}')"
+        ".download_and_prepare(file_format='array_record')"
+    )
+    return (
+        "Prepare it once, in an environment of its own because that needs TensorFlow:\n"
+        "  python -m venv prepare_environment\n"
+        "  prepare_environment/bin/pip install tensorflow tensorflow-datasets importlib_resources\n"
+        f'  prepare_environment/bin/python -c "{code}"'
+    )

@@ -1,0 +1,230 @@
+"""Batches on the devices: images by index, decoded in threads or processes, prefetched.
+
+Batch `step` is a pure function of (seed, step), with the same rows in the same order on any number
+of hosts and devices. A run that goes on at a step needs nothing but the step.
+"""
+
+import logging
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from vqgan_jax.data.elements import (
+    DAMAGED_SHARE,
+    EvaluationOrder,
+    ReadTransformed,
+    RowsOfBatches,
+    describe_damage,
+    spaced_indices,
+    too_many_damaged,
+    training_order,
+)
+from vqgan_jax.data.errors import DataError
+from vqgan_jax.data.sources import ImageSource, open_source
+from vqgan_jax.data.transforms import evaluation_transform, training_transform
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, jax.Array]
+
+
+def training_batches(
+    config: ConfigDict, sharding: jax.sharding.NamedSharding, start_step: int = 0
+) -> Iterator[Batch]:
+    """Endless batches for the steps `start_step`, `start_step + 1`, ...
+
+    Args:
+      config: uses `data`, `seed`, `model.resolution` and `training.batch_size`.
+      sharding: of the batch; splits the leading axis only.
+      start_step: number of the first batch.
+
+    Returns:
+      An iterator over global arrays of all hosts: `image`, uint8 (B, H, W, 3), or (B, H, W) for
+      label maps, and `label`, int32 (B,), -1 where there is none. Its `close()` ends the threads
+      and processes.
+
+    Raises:
+      DataError: for data that cannot be used; while iterating, when more than 1 % of the images
+        are damaged. Fewer are each replaced by the next readable image, with a warning.
+    """
+    read = _reader(config, config.data.train_split, training_transform)
+    order = training_order(read, config.seed)
+    batch_size = config.training.batch_size
+    batches = _global_batches(config.data, read.source, order, sharding, batch_size, start_step)
+    return Prefetched(batches, config.data.prefetch)
+
+
+def evaluation_batches(
+    config: ConfigDict,
+    sharding: jax.sharding.NamedSharding,
+    batch_size: int,
+    limit: int = 0,
+) -> Iterator[tuple[Batch, jax.Array]]:
+    """The validation split in order, each image once over all hosts.
+
+    Args:
+      config: uses `data` and `model.resolution`.
+      sharding: of the batch; splits the leading axis only.
+      batch_size: images a batch, on all devices together.
+      limit: at most so many images, evenly spaced over the split; 0 = all.
+
+    Returns:
+      An iterator over (batch, mask): the batch as in `training_batches`; `mask` float32 (B,), 0
+      for the padding of the last batch and for damaged images. Its `close()` ends the threads
+      and processes.
+
+    Raises:
+      DataError: as `training_batches`.
+    """
+    read = _reader(config, config.data.validation_split, evaluation_transform)
+    order = EvaluationOrder(read, batch_size, limit)
+    batches = _global_batches(config.data, read.source, order, sharding, batch_size)
+    batches = batches.map(lambda batch: (batch, batch.pop("mask")))
+    return Prefetched(batches, config.data.prefetch)
+
+
+def evaluation_images(config: ConfigDict, count: int) -> np.ndarray:
+    """At most `count` images, evenly spaced over the validation split, for a picture grid.
+
+    Returns:
+      uint8 (N, H, W, 3), or (N, H, W) for label maps.
+
+    Raises:
+      DataError: as `training_batches`.
+    """
+    read = _reader(config, config.data.validation_split, evaluation_transform)
+    indices = spaced_indices(len(read.source), count)
+    return np.stack([read.or_next(int(index))["image"] for index in indices])
+
+
+def rows_of_devices(parts: Iterable[tuple[slice, ...]], batch_size: int) -> np.ndarray:
+    """The rows of a batch that some devices hold, sorted, each once.
+
+    Args:
+      parts: of each device, its part of the global array, as the values of a sharding's
+        `addressable_devices_indices_map` give it.
+      batch_size: rows of the global array.
+    """
+    return np.unique(np.concatenate([np.arange(batch_size)[part[0]] for part in parts]))
+
+
+def global_array(
+    values: np.ndarray, rows: np.ndarray, sharding: jax.sharding.NamedSharding, batch_size: int
+) -> jax.Array:
+    """The array of all hosts, from this host's rows of it.
+
+    Args:
+      values: (len(rows), ...).
+      rows: which rows of the batch these are, sorted; all that this host's devices hold.
+      sharding: of the result; splits the leading axis only.
+      batch_size: rows of the result.
+    """
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        wanted = np.arange(batch_size)[index[0]]
+        first = np.searchsorted(rows, wanted[0])
+        return values[first : first + len(wanted)]
+
+    return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, part)
+
+
+class DamageCount:
+    """Damaged images that turned up so far; warns of each and stops at too many."""
+
+    def __init__(self, source: ImageSource) -> None:
+        """Starts at none."""
+        self._source = source
+        self._damaged: dict[int, None] = {}  # an ordered set
+
+    def note(self, indices: Sequence[int], skipped: Sequence[int]) -> None:
+        """Takes in a batch's `index` and `skipped`.
+
+        Raises:
+          DataError: when more than 1 % of the source's images are damaged.
+        """
+        length = len(self._source)
+        for index, count in zip(indices, skipped, strict=True):
+            for damaged in ((int(index) + i) % length for i in range(int(count))):
+                if damaged not in self._damaged:
+                    self._damaged[damaged] = None
+                    logger.warning("Passed over: %s", describe_damage(self._source, damaged))
+        if len(self._damaged) > length * DAMAGED_SHARE:
+            raise DataError(too_many_damaged(self._source, list(self._damaged)))
+
+
+class Prefetched(Iterator):
+    """Iterates over a data set with some elements ahead, until it is closed.
+
+    It closes itself when nobody holds it any more and when the program ends, before threads could
+    run into an interpreter that is being torn down.
+    """
+
+    def __init__(self, dataset: grain.IterDataset, count: int) -> None:
+        """Keeps `count` elements ready, in a thread of its own."""
+        ahead = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=count)
+        self._open = [iter(ahead)]
+        self.close = weakref.finalize(self, _close_all, self._open)
+
+    def __next__(self) -> Any:
+        """The next element."""
+        if not self._open:
+            raise ValueError("These batches are closed.")
+        return next(self._open[0])
+
+
+def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:
+        iterators.pop().close()
+
+
+def _reader(config: ConfigDict, split: str, make_transform: Any) -> ReadTransformed:
+    data, resolution = config.data, config.model.resolution
+    is_label_map = data.num_labels > 0
+    transform = make_transform(config, resolution)
+    source = open_source(data.name, split, data.data_dir, data.image_key, resolution, is_label_map)
+    if len(source) == 0:
+        raise DataError(f"The split {split!r} of {data.name} is empty.")
+    return ReadTransformed(source, transform, data.num_labels)
+
+
+def _global_batches(
+    data: ConfigDict,
+    source: ImageSource,
+    order: Sequence[dict[str, Any]],
+    sharding: jax.sharding.NamedSharding,
+    batch_size: int,
+    start_step: int = 0,
+) -> grain.IterDataset:
+    """The batches of an order as global arrays, each host having read its rows."""
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = rows_of_devices(parts, batch_size)
+    damage = DamageCount(source)
+
+    def put(batch: dict[str, np.ndarray]) -> Batch:
+        damage.note(batch.pop("index"), batch.pop("skipped"))
+        return jax.tree.map(lambda values: global_array(values, rows, sharding, batch_size), batch)
+
+    elements = grain.MapDataset.source(RowsOfBatches(order, rows, batch_size, start_step))
+    if data.processes:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads its own flags, in a notebook too
+        # Worker processes take turns, so what they hand over must be whole batches.
+        batches = elements.batch(len(rows)).to_iter_dataset(grain.ReadOptions(1, 1))
+        # Through pipes, not shared memory: that is unmapped once grain drops its array, while JAX
+        # on a CPU may still use it without a copy.
+        piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        batches = grain.experimental.WithOptionsIterDataset(batches, piped).mp_prefetch(
+            grain.MultiprocessingOptions(data.processes, per_worker_buffer_size=1)
+        )
+    else:
+        ahead = max(2 * len(rows), data.threads)
+        read_options = grain.ReadOptions(data.threads, prefetch_buffer_size=ahead)
+        batches = elements.to_iter_dataset(read_options).batch(len(rows))
+    return batches.map(put)

@@ -1,0 +1,61 @@
+"""Images by name and index: `earth`, `folder:PATH`, or a tensorflow-datasets name."""
+
+import os
+from typing import Protocol
+
+import numpy as np
+
+
+class ImageSource(Protocol):
+    """Random access to the images of one split; picklable, for worker processes."""
+
+    class_names: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def read(self, index: int) -> dict[str, np.ndarray | int]:
+        """One example.
+
+        Returns:
+          `image`: uint8 (H, W, 3), or (H, W) for a label map; `label`: int, the class or -1.
+
+        Raises:
+          UnreadableImage: when the image is damaged.
+        """
+
+    def describe(self, index: int) -> str:
+        """Where the image is, for messages: a file's path, or `name split[index]`."""
+
+
+def open_source(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike = "",
+    image_key: str = "image",
+    resolution: int = 64,
+    label_map: bool = False,
+) -> ImageSource:
+    """Opens a split of a data set; `earth` is prepared on first use.
+
+    Args:
+      name: `earth` (`earth/64`, `earth/128`, `earth/256`), `folder:PATH`, or the name of an image
+        data set of tensorflow-datasets (`cifar10`, `imagenette/320px-v2`).
+      split: the split's name; for named data sets also an expression such as `train[:10%]`.
+      data_dir: where data sets are; empty as in `packages.default_data_dir`.
+      image_key: the feature that holds the image; `earth` has `image`, `segmentation`, `relief`
+        and `elevation`. Folders have only `image`.
+      resolution: the side of the crops to come; chooses the size of `earth`.
+      label_map: whether pixel values are labels, read as (H, W).
+
+    Raises:
+      DataError: when there is no such data set, split or feature.
+    """
+    if name.startswith("folder:"):
+        from vqgan_jax.data.folders import FolderSource
+
+        return FolderSource(name.removeprefix("folder:"), split, image_key, label_map)
+    # tensorflow-datasets takes half a second to import, which folders need not wait for.
+    from vqgan_jax.data.named import NamedSource, open_builder
+
+    return NamedSource(open_builder(name, data_dir, resolution), split, image_key, label_map)

@@ -1,0 +1,297 @@
+"""Model descriptions of CompVis/taming-transformers (yaml) to our configs and back."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from ml_collections import ConfigDict
+
+from vqgan_jax.configuration import tokenizer_config, validate
+
+_MODELS = "taming.models.vqgan."
+_LOSSES = "taming.modules.losses."
+_IMAGE_LOSS = "vqperceptual.VQLPIPSWithDiscriminator"
+_LABEL_LOSS = "segmentation.BCELossWithQuant"
+_NO_LOSS = "vqperceptual.DummyLoss"
+_SCHEDULER = "taming.lr_scheduler.LambdaWarmUpCosineScheduler"
+_CLASSES = ("VQModel", "GumbelVQ", "VQSegmentationModel")
+
+# an option of the reference -> (the key of ours, its type); ours start at the reference's defaults
+_NETWORK = {
+    "resolution": ("model.resolution", int),
+    "in_channels": ("model.in_channels", int),
+    "out_ch": ("model.out_channels", int),
+    "ch": ("model.channels", int),
+    "ch_mult": ("model.channel_multipliers", tuple),
+    "num_res_blocks": ("model.num_res_blocks", int),
+    "attn_resolutions": ("model.attention_resolutions", tuple),
+    "z_channels": ("model.latent_channels", int),
+    "dropout": ("model.dropout", float),
+}
+_LOSS = {
+    "codebook_weight": ("loss.codebook", float),
+    "perceptual_weight": ("loss.perceptual", float),
+    "disc_start": ("discriminator.start", int),
+    "disc_weight": ("discriminator.weight", float),
+    "disc_num_layers": ("discriminator.num_layers", int),
+    "disc_ndf": ("discriminator.channels", int),
+    "disc_loss": ("discriminator.loss", str),
+}
+_TEMPERATURE = {
+    "warm_up_steps": ("temperature.warmup_steps", int),
+    "max_decay_steps": ("temperature.decay_steps", int),
+    "lr_start": ("temperature.start", float),
+    "lr_max": ("temperature.peak", float),
+    "lr_min": ("temperature.end", float),
+}
+_LOSS_DEFAULTS = {"disc_weight": 1.0, "disc_loss": "hinge", "disc_num_layers": 3, "disc_ndf": 64}
+# values that these options must have, since nothing else was ever published
+_FIXED_NETWORK = {
+    "double_z": (True, False),  # default, and the only value a tokenizer can have
+    "resamp_with_conv": (True, True),
+    "give_pre_end": (False, False),
+    "use_linear_attn": (False, False),
+    "tanh_out": (False, False),
+    "attn_type": ("vanilla", "vanilla"),
+}
+_FIXED_LOSS = {
+    "disc_conditional": (False, False),
+    "pixel_loss": ("l1", "l1"),
+    "perceptual_loss": ("lpips", "lpips"),
+}
+_UNUSED_LOSS = ("pixelloss_weight", "n_classes", "disc_in_channels", "disc_factor", "use_actnorm")
+
+
+class ConversionError(ValueError):
+    """A description or state dict that cannot be converted; says what differs and where."""
+
+
+def reference_class(config: ConfigDict) -> str:
+    """The reference's class of a config's model."""
+    if config.model.quantizer.kind == "gumbel":
+        return "GumbelVQ"
+    return "VQSegmentationModel" if config.data.num_labels else "VQModel"
+
+
+def config_from_yaml(source: Mapping | str | os.PathLike) -> ConfigDict:
+    """A full config from the reference's description of a model.
+
+    The reference's loss has no weight for the L1 term and always the legacy codebook loss; both
+    are the defaults here. Its `disc_factor` is folded into the adversarial weight. A model without
+    a training loss (`DummyLoss`) becomes a config without a discriminator.
+
+    Args:
+      source: a yaml file or what is in it: a whole project, or the `model` part alone.
+
+    Raises:
+      ConversionError: the file is no such description, or asks for what is not supported.
+      configuration.ConfigError: the values do not make a working model.
+    """
+    project = source if isinstance(source, Mapping) else _load(Path(source))
+    description = project.get("model", project)
+    if not isinstance(description, Mapping) or "target" not in description:
+        raise ConversionError(
+            "The yaml has no model.target: it is no model description of the reference."
+        )
+    name = str(description["target"]).rpartition(".")[2]
+    if name not in _CLASSES:
+        hint = " (convert the tokenizer, its first stage)" if "Transformer" in name else ""
+        raise ConversionError(
+            f"model.target is {description['target']}{hint}; supported are {', '.join(_CLASSES)}."
+        )
+    params = _part(description, "params", "model.params")
+    config = tokenizer_config()
+
+    network = _part(params, "ddconfig", "model.params.ddconfig")
+    _require_fixed(network, _FIXED_NETWORK, "ddconfig")
+    _assign(config, network, _NETWORK, "ddconfig", required=set(_NETWORK) - {"dropout"})
+    if params.get("remap") is not None:
+        raise ConversionError("model.params.remap (a reduced codebook) is not supported.")
+    quantizer = {
+        "n_embed": ("model.quantizer.codebook_size", int),
+        "embed_dim": ("model.quantizer.code_dim", int),
+    }
+    _assign(config, params, quantizer, "params", required=set(quantizer))
+    config.data.image_key = str(params.get("image_key", "image"))
+
+    if name == "GumbelVQ":
+        config.model.quantizer.kind = "gumbel"
+        _assign(config, params, {"kl_weight": ("loss.kl", float)}, "params")
+        schedule = _part(params, "temperature_scheduler_config", "temperature_scheduler_config", {})
+        where = "temperature_scheduler_config.params"
+        _assign(config, _part(schedule, "params", where, {}), _TEMPERATURE, where)
+        if config.model.latent_channels != config.model.quantizer.code_dim:
+            raise ConversionError("GumbelVQ needs embed_dim equal to ddconfig.z_channels.")
+    if name == "VQSegmentationModel":
+        labels = {"n_labels": ("data.num_labels", int)}
+        _assign(config, params, labels, "params", required=set(labels))
+    _assign_loss(config, _part(params, "lossconfig", "lossconfig", {"target": _NO_LOSS}))
+
+    rate = {"base_learning_rate": ("optimizer.base_learning_rate", float)}
+    _assign(config, description, rate, "model")
+    batch = {"batch_size": ("training.batch_size", int)}
+    data = _part(project, "data", "data", {})
+    _assign(config, _part(data, "params", "data.params", {}), batch, "data.params")
+    validate(config)
+    return config
+
+
+def _assign_loss(config: ConfigDict, description: Mapping) -> None:
+    target = str(description.get("target", ""))
+    params = _part(description, "params", "lossconfig.params", {})
+    name = target.rpartition(".")[2]
+    labels = name == _LABEL_LOSS.rpartition(".")[2]
+    if bool(config.data.num_labels) != labels and name != _NO_LOSS.rpartition(".")[2]:
+        raise ConversionError(f"lossconfig.target {target} does not fit the model's target.")
+    if labels:
+        _assign(config, params, {"codebook_weight": _LOSS["codebook_weight"]}, "lossconfig.params")
+    elif name == _IMAGE_LOSS.rpartition(".")[2]:
+        known = {*_LOSS, *_FIXED_LOSS, *_UNUSED_LOSS}
+        unknown = [key for key in params if key not in known]
+        if unknown:
+            raise ConversionError(f"lossconfig.params.{unknown[0]} is not supported.")
+        _require_fixed(params, _FIXED_LOSS, "lossconfig.params")
+        _assign(config, {**_LOSS_DEFAULTS, **params}, _LOSS, "lossconfig.params", {"disc_start"})
+        config.discriminator.weight *= _number(params, "disc_factor", float, 1.0)
+        config.discriminator.norm = "act" if params.get("use_actnorm", False) else "batch"
+        channels = _number(params, "disc_in_channels", int, 3)
+        if channels != config.model.out_channels:
+            raise ConversionError(
+                f"lossconfig.params.disc_in_channels is {channels}, and ddconfig.out_ch is "
+                f"{config.model.out_channels}; a conditional discriminator is not supported."
+            )
+    elif name == _NO_LOSS.rpartition(".")[2]:
+        config.discriminator.enabled = False
+    else:
+        raise ConversionError(f"lossconfig.target is {target}, which is not supported.")
+    if config.data.num_labels:
+        config.discriminator.enabled = False
+        config.loss.l1 = config.loss.perceptual = 0.0
+        config.loss.binary_cross_entropy = 1.0
+
+
+def yaml_from_config(config: ConfigDict) -> dict:
+    """The reference's description of a config's model, as a dictionary for a yaml file.
+
+    A training loss that the reference lacks becomes its `DummyLoss`: enough to encode, decode and
+    sample. A moving-average or normalised codebook becomes a plain one, as
+    `taming.state_dict_from_variables` writes it.
+
+    Raises:
+      ConversionError: the reference has no such model.
+    """
+    if config.data.num_labels and config.model.quantizer.kind == "gumbel":
+        raise ConversionError("The reference has no Gumbel quantizer for label maps.")
+    options = config.optimizer
+    rate = options.learning_rate / config.training.batch_size or options.base_learning_rate
+    name = reference_class(config)
+    network = {"double_z": False, **_values(config, _NETWORK)}
+    params = {
+        "ddconfig": {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in network.items()
+        },
+        "lossconfig": _loss_description(config),
+        "n_embed": config.model.quantizer.codebook_size,
+        "embed_dim": config.model.quantizer.code_dim,
+        "image_key": config.data.image_key,
+    }
+    if name == "GumbelVQ":
+        params["kl_weight"] = config.loss.kl
+        schedule = {"target": _SCHEDULER, "params": _values(config, _TEMPERATURE)}
+        params["temperature_scheduler_config"] = schedule
+    if name == "VQSegmentationModel":
+        params["n_labels"] = config.data.num_labels
+    return {"model": {"base_learning_rate": rate, "target": _MODELS + name, "params": params}}
+
+
+def _loss_description(config: ConfigDict) -> dict:
+    loss, discriminator = config.loss, config.discriminator
+    if config.data.num_labels:
+        return {"target": _LOSSES + _LABEL_LOSS, "params": {"codebook_weight": loss.codebook}}
+    expressible = (
+        discriminator.enabled
+        and discriminator.norm in ("batch", "act")
+        and discriminator.loss in ("hinge", "vanilla")
+        and (loss.l1, loss.l2) == (1.0, 0.0)
+    )
+    if not expressible:
+        return {"target": _LOSSES + _NO_LOSS}
+    params = {
+        **_values(config, _LOSS),
+        "disc_in_channels": config.model.out_channels,
+        "disc_conditional": False,
+        "use_actnorm": discriminator.norm == "act",
+    }
+    return {"target": _LOSSES + _IMAGE_LOSS, "params": params}
+
+
+def _load(path: Path) -> Mapping:
+    try:
+        project = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConversionError(f"{path}: there is no such file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"{path}: is no yaml file ({reason}).") from None
+    if not isinstance(project, Mapping):
+        raise ConversionError(f"{path}: is no model description of the reference.")
+    return project
+
+
+def _part(parent: Mapping, key: str, where: str, default: Mapping | None = None) -> Mapping:
+    part = parent.get(key)
+    if part is None:
+        part = default
+    if not isinstance(part, Mapping):
+        raise ConversionError(f"The yaml's {where} is missing or no table of options.")
+    return part
+
+
+def _require_fixed(options: Mapping, fixed: Mapping, where: str) -> None:
+    for key, (default, supported) in fixed.items():
+        value = options.get(key, default)
+        if value != supported:
+            raise ConversionError(f"{where}.{key} is {value}; only {supported} is supported.")
+
+
+def _assign(
+    config: ConfigDict,
+    options: Mapping,
+    table: Mapping,
+    where: str,
+    required: set[str] = frozenset(),
+) -> None:
+    for key, (path, kind) in table.items():
+        if key not in options:
+            if key in required:
+                raise ConversionError(f"The yaml lacks {where}.{key}.")
+            continue
+        config.update_from_flattened_dict({path: _number(options, key, kind)})
+
+
+def _number(options: Mapping, key: str, kind: type, default=None):
+    value = options.get(key, default)
+    try:
+        # plain yaml reads 1e-6 as text, the reference's reader as a number
+        if kind is tuple:
+            return tuple(int(item) for item in value)
+        if kind is int and int(value) != float(value):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError):
+        raise ConversionError(
+            f"The yaml's {key} is {value!r}; it must be "
+            f"{'a list of whole numbers' if kind is tuple else 'of type ' + kind.__name__}."
+        ) from None
+
+
+def _values(config: ConfigDict, table: Mapping) -> dict:
+    flat = {}
+    for key, (path, _) in table.items():
+        value = config
+        for part in path.split("."):
+            value = value[part]
+        flat[key] = value
+    return flat

@@ -1,0 +1,33 @@
+"""Trains a model: `python -m vqgan_jax.train --config=configs/vqgan_f16.py --workdir=runs/f16`.
+
+`--config=FILE:ARGUMENT` picks a variant of the config, `--config.KEY=VALUE` changes a key. The same
+command goes on with a run that was stopped.
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from vqgan_jax import commands
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Where the run's files go; runs/NAME of the config file by default."
+)
+
+
+def main() -> None:
+    """Trains what the flags say."""
+    commands.start_distributed()
+    from vqgan_jax.training.loop import train_tokenizer
+
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
+    figures = train_tokenizer(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
+    for name, value in figures.items():
+        print(f"{name:>22}  {value:.4g}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    commands.run(main)

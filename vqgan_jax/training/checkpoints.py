@@ -1,0 +1,309 @@
+"""Checkpoints of a run, and exports: what inference needs and nothing else.
+
+A run keeps `checkpoints/STEP/{state,config}`: the whole training state, written in the background,
+and the resolved config. An export is `config.json` and `variables/`: the tokenizer's parameters
+(the moving average where there is one) and, for fine-tuning, the discriminator's.
+"""
+
+import json
+import logging
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from vqgan_jax import configuration
+from vqgan_jax.training.sharding import path_name
+
+CHECKPOINTS = "checkpoints"
+CONFIG_FILE = "config.json"
+VARIABLES = "variables"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which, why and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory: the latest ones and the best by a metric."""
+
+    def __init__(self, workdir: pathlib.Path, config: ConfigDict):
+        self._directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
+        self._config = config
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        training = self._config.training
+        policies = [LatestN(training.keep_latest)]
+        if training.keep_best > 0:
+            policies.append(
+                BestN(
+                    get_metric_fn=lambda metrics: metrics[training.best_metric],
+                    reverse=True,  # ascending keeps the highest; ours are better when lower
+                    n=training.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
+        return ocp.CheckpointManager(self._directory, options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
+        """Begins to write the state of `step`; a step that is there already stays as it is."""
+        if step in self._manager.all_steps():
+            return
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    config=ocp.args.JsonSave(json.loads(configuration.to_json(self._config))),
+                ),
+                metrics=metrics,
+            )
+        except OSError as error:
+            raise _write_error(self._directory, error) from error
+
+    def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
+        """The newest readable checkpoint as `(step, state)`, laid out as `abstract_state` says.
+
+        A damaged one is renamed to `STEP.damaged`, reported, and the one before it is taken.
+
+        Raises:
+            CheckpointError: there are checkpoints, but of another model or none readable.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                self._check_compatible(step, abstract_state)
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
+                )
+                return step, restored["state"]
+            except CheckpointError:
+                raise
+            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+                self._set_aside(step, error)
+        if steps:
+            raise CheckpointError(
+                f"None of the checkpoints in {self._directory} can be read. They were renamed to "
+                "STEP.damaged; choose another --workdir to start anew."
+            )
+        return None
+
+    def _check_compatible(self, step: int, abstract_state: Any) -> None:
+        """Raises `CheckpointError` where the stored state is whole, but another config's."""
+        stored = json.loads((self._directory / str(step) / "config" / "metadata").read_text())
+        ours = json.loads(configuration.to_json(self._config))
+        for section in ("stage", "model"):
+            if stored.get(section) != ours[section]:
+                raise CheckpointError(
+                    f"{self._directory / str(step)} is of another model: "
+                    f"{_first_difference(stored.get(section), ours[section], section)}. "
+                    "Choose another --workdir, or the config that the run was started with."
+                )
+        stored_shapes = shapes(self._manager.item_metadata(step)["state"])
+        our_shapes = shapes(abstract_state)
+        if stored_shapes != our_shapes:
+            different = sorted(stored_shapes.items() ^ our_shapes.items())
+            raise CheckpointError(
+                f"{self._directory / str(step)} holds another training state; the first "
+                f"difference is at {different[0][0]}. The config's discriminator and optimizer "
+                "must stay as the run was started with; or choose another --workdir and set "
+                "config.training.initialize_from to this run."
+            )
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        path = self._directory / str(step)
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        logging.warning(
+            "The checkpoint %s is damaged (%s); it is renamed to %s.damaged and the one before "
+            "it is used.",
+            path,
+            reason,
+            path.name,
+        )
+        self._manager.close()
+        if jax.process_index() == 0:
+            target = path.with_name(f"{path.name}.damaged")
+            number = 1
+            while target.exists():
+                number += 1
+                target = path.with_name(f"{path.name}.damaged-{number}")
+            path.rename(target)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager = self._open()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the cluster asked all processes to stop after `step`."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Returns when everything begun is on disk."""
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise _write_error(self._directory, error) from error
+
+    def close(self) -> None:
+        """Waits for what was begun and ends the writer's threads."""
+        self.wait()
+        self._manager.close()
+
+
+def _first_difference(stored: Any, ours: Any, name: str) -> str:
+    """"model.channels is 32 there and 64 here", for the first key that differs."""
+    if isinstance(stored, dict) and isinstance(ours, dict):
+        for key in sorted(stored.keys() | ours.keys()):
+            if stored.get(key) != ours.get(key):
+                return _first_difference(stored.get(key), ours.get(key), f"{name}.{key}")
+    return f"{name} is {stored} there and {ours} here"
+
+
+def shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of a tree, by its path."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in flat}
+
+
+def _write_error(directory: pathlib.Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"Cannot write a checkpoint to {directory}: {error.strerror or error}. Earlier checkpoints "
+        "are untouched; make room and start the same command again."
+    )
+
+
+def write_export(
+    directory: str | pathlib.Path,
+    config: ConfigDict,
+    variables: Any,
+    discriminator: Any | None = None,
+) -> None:
+    """Writes what inference needs to a new directory, all at once at the end.
+
+    Args:
+        directory: where; it must not exist or be empty.
+        config: the resolved config.
+        variables: the tokenizer's collections, `params` and for an EMA quantiser `codebook`.
+        discriminator: its collections, for fine-tuning and for the way back to other formats.
+
+    Raises:
+        CheckpointError: the directory is in use, or it cannot be written.
+    """
+    directory = pathlib.Path(directory).absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory} exists already; choose another output directory.")
+    temporary = directory.with_name(f".{directory.name}.partial")
+    items = {"tokenizer": variables}
+    if discriminator is not None:
+        items["discriminator"] = discriminator
+    try:
+        if temporary.exists():
+            shutil.rmtree(temporary)  # left by an export that was killed
+        temporary.mkdir(parents=True)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(temporary / VARIABLES, items)
+        (temporary / CONFIG_FILE).write_text(configuration.to_json(config))
+        if directory.exists():
+            directory.rmdir()
+        temporary.rename(directory)
+    except OSError as error:
+        raise _write_error(directory, error) from error
+
+
+def read_variables(path: str | pathlib.Path) -> tuple[ConfigDict, Any, Any | None]:
+    """The config, the tokenizer's and the discriminator's variables of a run, checkpoint or export.
+
+    Of a run directory, the newest checkpoint is taken; of a checkpoint, the moving average of the
+    parameters where there is one. The discriminator's are None where there are none.
+
+    Raises:
+        CheckpointError: there is nothing of that kind at `path`, or it is damaged.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    if not path.exists():
+        raise CheckpointError(f"There is no {path}.")
+    if (path / CONFIG_FILE).is_file() and (path / VARIABLES).is_dir():
+        return _read_export(path)
+    for directory in (path / CHECKPOINTS, path):
+        steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
+        if steps:
+            return _read_checkpoint(directory / str(max(steps)))
+    if (path / "state").is_dir() and (path / "config").is_dir():
+        return _read_checkpoint(path)
+    raise CheckpointError(
+        f"{path} is no run directory, checkpoint or export: it has neither {CHECKPOINTS}/STEP/ "
+        f"nor {CONFIG_FILE} and {VARIABLES}/."
+    )
+
+
+def _read_export(path: pathlib.Path) -> tuple[ConfigDict, Any, Any | None]:
+    config = configuration.from_json((path / CONFIG_FILE).read_text())
+    items = _read_tree(path / VARIABLES, lambda tree: tree)
+    return config, items["tokenizer"], items.get("discriminator")
+
+
+def _read_checkpoint(path: pathlib.Path) -> tuple[ConfigDict, Any, Any | None]:
+    def wanted(state):
+        generator = state["generator"]
+        average = generator.get("ema_params")
+        wanted = {"params": average or generator["params"]}
+        wanted = {"generator": {"ema_params" if average else "params": wanted["params"]}}
+        if generator.get("codebook"):
+            wanted["generator"]["codebook"] = generator["codebook"]
+        if state.get("discriminator"):
+            wanted["discriminator"] = {
+                name: state["discriminator"][name]
+                for name in ("params", "batch_stats")
+                if state["discriminator"].get(name)
+            }
+        return wanted
+
+    config_file = path / "config" / "metadata"
+    try:
+        config = configuration.from_json(config_file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The checkpoint {path} is damaged: {error}.") from error
+    state = _read_tree(path / "state", wanted)
+    generator = state["generator"]
+    variables = {"params": generator.get("ema_params") or generator["params"]}
+    if "codebook" in generator:
+        variables["codebook"] = generator["codebook"]
+    return config, variables, state.get("discriminator")
+
+
+def _read_tree(path: pathlib.Path, wanted) -> Any:
+    """The part of a stored tree that `wanted` picks, as host arrays on the default device."""
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            metadata = wanted(checkpointer.metadata(path).item_metadata.tree)
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            item = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+                metadata,
+            )
+            restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+            return checkpointer.restore(
+                path,
+                args=ocp.args.PyTreeRestore(
+                    item=item, restore_args=restore_args, partial_restore=True
+                ),
+            )
+    except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
+        raise CheckpointError(f"Cannot read {path}: {reason}.") from error
