@@ -22,6 +22,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6.4",  # tensorflow-datasets needs it and does not say so
         "array_record>=0.8",  # how tensorflow-datasets stores examples that need no TensorFlow
         "grain>=0.2.18",  # index-based input pipelines with worker threads and processes
         "einops>=0.8",

@@ -14,6 +14,7 @@ from vqgan_jax.models.layers import (
     GroupNorm,
     ResidualBlock,
     Upsample,
+    at_least_float32,
 )
 
 
@@ -137,7 +138,7 @@ class Decoder(nn.Module):
 
     def head(self, features):
         """The last convolution; its output is float32."""
-        return self.conv_out(features).astype(jnp.float32)
+        return at_least_float32(self.conv_out(features))
 
     def __call__(self, latents, train: bool = False):
         return self.head(self.features(latents, train))

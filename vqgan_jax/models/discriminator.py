@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqgan_jax.models.layers import Conv, GroupNorm
+from vqgan_jax.models.layers import Conv, GroupNorm, at_least_float32
 
 
 class ActNorm(nn.Module):
@@ -15,7 +15,7 @@ class ActNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = x.astype(jnp.float32)
+        x = at_least_float32(x)
 
         def initial_bias(_):
             return -x.mean(axis=(0, 1, 2))
@@ -45,7 +45,7 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_variance = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        x = x.astype(jnp.float32)
+        x = at_least_float32(x)
         if not train:
             mean, variance = running_mean.value, running_variance.value
         else:
@@ -89,7 +89,7 @@ class PatchDiscriminator(nn.Module):
             x = conv(i, features, stride, use_bias=self.norm == "act")(x)
             x = self._normalize(f"norm_{i}", x, train).astype(self.dtype)
             x = nn.leaky_relu(x, 0.2)
-        return conv(self.num_layers + 1, 1, stride=1)(x).astype(jnp.float32)
+        return at_least_float32(conv(self.num_layers + 1, 1, stride=1)(x))
 
     def _normalize(self, name, x, train):
         if self.norm == "batch":

@@ -27,6 +27,11 @@ def torch_uniform(fan_in: int) -> Callable:
     return init
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in float32, or as it is where it is wider: what statistics and distances are taken in."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class Conv(nn.Module):
     """Convolution of `(B, H, W, C)` with a square kernel `(k, k, C, features)` in HWIO order.
 
@@ -74,7 +79,7 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        x = x.astype(jnp.float32)
+        x = at_least_float32(x)
         mean = self._group_mean(jnp.mean(x, axis=(1, 2)))
         variance = self._group_mean(jnp.mean(jnp.square(x - mean[:, None, None]), axis=(1, 2)))
         factor = scale * jax.lax.rsqrt(variance + self.epsilon)
@@ -123,7 +128,10 @@ class AttentionBlock(nn.Module):
 
         query, key, value = project("query"), project("key"), project("value")
         logits = jnp.einsum(
-            "b q c, b k c -> b q k", query, key, preferred_element_type=jnp.float32
+            "b q c, b k c -> b q k",
+            query,
+            key,
+            preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
         )
         weights = jax.nn.softmax(logits * channels**-0.5, axis=-1).astype(self.dtype)
         h = jnp.einsum("b q k, b k c -> b q c", weights, value)

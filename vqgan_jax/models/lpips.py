@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqgan_jax.models.layers import Conv
+from vqgan_jax.models.layers import Conv, at_least_float32
 
 # Mean and deviation of ImageNet's pixels, moved from [0, 1] to [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
@@ -104,7 +104,7 @@ class LPIPS(nn.Module):
 
     def _features(self, images):
         x = (images - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
-        return [_unit_length(f.astype(jnp.float32)) for f in self.network(x)]
+        return [_unit_length(at_least_float32(f)) for f in self.network(x)]
 
 
 def _unit_length(features: jax.Array) -> jax.Array:

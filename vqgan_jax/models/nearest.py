@@ -30,7 +30,6 @@ def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
             points,
             rows,
             precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
         )
         distances = jnp.sum(jnp.square(rows), axis=-1) - 2.0 * products
         indices = offset + jnp.arange(rows.shape[0])

@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vqgan_jax.models.layers import Conv
+from vqgan_jax.models.layers import Conv, at_least_float32
 from vqgan_jax.models.nearest import kmeans, l2_normalize, nearest_codes
 
 
@@ -49,7 +49,7 @@ class NearestQuantizer(nn.Module):
 
     @nn.compact
     def __call__(self, latents, train: bool = False, temperature=None) -> Quantized:
-        latents = self._compared(latents.astype(jnp.float32))
+        latents = self._compared(at_least_float32(latents))
         codebook = self._compared(self._codebook(latents))
         codes = nearest_codes(latents, codebook)
         vectors = jnp.take(codebook, codes, axis=0)
@@ -145,8 +145,10 @@ class GumbelQuantizer(nn.Module):
 
     @nn.compact
     def __call__(self, latents, train: bool = False, temperature=1.0) -> Quantized:
-        latents = latents.astype(jnp.float32)
-        logits = Conv(self.codebook_size, kernel_size=1, name="projection")(latents)
+        latents = at_least_float32(latents)
+        logits = Conv(
+            self.codebook_size, kernel_size=1, dtype=latents.dtype, name="projection"
+        )(latents)
         codebook = self.param(
             "codebook", nn.initializers.normal(1.0), (self.codebook_size, self.code_dim)
         )

@@ -183,7 +183,7 @@ def adversarial_term(
 
         (value, moved), cotangent = jax.value_and_grad(loss, has_aux=True)(reconstructions)
         gradient = pull_to_layer(cotangent)[0]
-        weight = jnp.asarray(config.weight, jnp.float32)
+        weight = jnp.asarray(config.weight)
         if config.adaptive_weight:
             weight *= adversarial.adaptive_weight(
                 layer_gradient["kernel"],

@@ -129,7 +129,7 @@ def train_tokenizer(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str
                     workdir,
                     wandb_project=training.wandb_project,
                     config_json=configuration.to_json(config),
-                    resume_step=start if restored else None,
+                    resume_step=start,
                 )
             )
         )

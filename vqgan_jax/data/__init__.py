@@ -1,0 +1,1 @@
+"""Images from data sets and folders, by index; batches on the devices."""
