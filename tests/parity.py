@@ -203,7 +203,6 @@ def replay_training(golden: Mapping[str, np.ndarray], meta: Mapping) -> dict[str
     loss = {"target": LOSSES + "vqperceptual.VQLPIPSWithDiscriminator", "params": meta["loss"]}
     config = config_from_yaml(describe(meta, "VQModel", loss))
     config.discriminator.refresh_reconstruction = True
-    config.discriminator.idle_before_start = False
     config.optimizer.learning_rate = meta["lr"]
     config.optimizer.b1, config.optimizer.b2 = meta["betas"]
     game = game_of(config)
@@ -265,17 +264,21 @@ def both_players(game: Game, state: TokenizerState, images, perceptual):
     """One step of each, what the reference logs of it, and the gradients."""
     running = generator_step.Running(state.generator.codebook, state.discriminator.batch_stats)
     _, generator_gradients, _, _ = generator_step.generator_gradients(
-        game, state, running, images, 0, perceptual
+        game, state, running, images, 0, perceptual, playing=True
     )
-    state, g, reconstructions = generator_step.generator_step(game, state, images, perceptual)
+    state, g, reconstructions = generator_step.generator_step(
+        game, state, images, perceptual, playing=True
+    )
     running = discriminator_step.Running(
         state.discriminator.batch_stats, state.discriminator.logit_averages
     )
     refreshed = game.tokenizer.apply({"params": state.generator.params}, images)[0]
-    played = discriminator_step.discriminator_gradients(
+    _, discriminator_gradients, _, _ = discriminator_step.discriminator_gradients(
         game, state, state.step - 1, running, images, refreshed
     )
-    state, d = discriminator_step.discriminator_step(game, state, images, reconstructions)
+    state, d = discriminator_step.discriminator_step(
+        game, state, images, reconstructions, playing=True
+    )
     logged = {
         "g/total_loss": g["loss/total"],
         "g/quant_loss": g["raw/quantization"],
@@ -289,7 +292,7 @@ def both_players(game: Game, state: TokenizerState, images, perceptual):
         "d/logits_real": d["logits/real"],
         "d/logits_fake": d["logits/fake"],
     }
-    return state, logged, {"g": generator_gradients, "d": played.gradients}
+    return state, logged, {"g": generator_gradients, "d": discriminator_gradients}
 
 
 def forward(game: Game, variables, perceptual, images) -> dict[str, np.ndarray]:
@@ -334,7 +337,7 @@ def replay_segmentation(golden: Mapping[str, np.ndarray], meta: Mapping) -> dict
     images = jax.nn.one_hot(golden["labels"], meta["n_labels"], dtype=precision())
     logits, quantized = game.tokenizer.apply(variables, images)
     _, gradients, metrics, _ = generator_step.generator_gradients(
-        game, state, generator_step.Running({}, {}), images, 0, None
+        game, state, generator_step.Running({}, {}), images, 0, None, playing=False
     )
     named = state_dict_from_variables({"params": gradients}, config)
     return {

@@ -81,7 +81,6 @@ def tokenizer_config() -> ConfigDict:
             factor=1.0,  # of both players' terms
             start=250_001,  # generator steps before the adversarial game begins
             warmup_steps=0,  # linear ramp of the terms after `start`
-            idle_before_start=True,  # False: compute (at weight 0) and report before it, too
             adaptive_weight=True,
             adaptive_delta=1e-4,  # the reference's; the paper writes 1e-6
             adaptive_max=1e4,

@@ -11,13 +11,14 @@ from vqgan_jax.training.game import Game
 from vqgan_jax.training.generator_step import (
     adversarial_share,
     micro_batch_keys,
-    when_playing,
 )
 from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.states import TokenizerState
 
 
-def discriminator_step(game: Game, state: TokenizerState, images, reconstructions):
+def discriminator_step(
+    game: Game, state: TokenizerState, images, reconstructions, *, playing: bool
+):
     """One update of the discriminator, after the generator's step on the same images.
 
     Args:
@@ -26,6 +27,8 @@ def discriminator_step(game: Game, state: TokenizerState, images, reconstruction
         images: as `generator_step` takes them.
         reconstructions: what `generator_step` returned; with the config's
             `discriminator.refresh_reconstruction` the updated generator makes them anew.
+        playing: whether the adversarial game has started (static). Before it does, gradients are
+            zero; only the optimiser counts its steps, as the reference's does.
 
     Returns:
         The state after it, and metrics.
@@ -38,18 +41,18 @@ def discriminator_step(game: Game, state: TokenizerState, images, reconstruction
         images = prepare_images(game.config.data, images)
         if game.config.discriminator.refresh_reconstruction:
             reconstructions = _refreshed(game, state, images, index)
-        result = discriminator_gradients(game, state, step, running, images, reconstructions)
-        running = Running(result.batch_stats, result.logit_averages)
-        return running, result.gradients, result.metrics, None
+        return discriminator_gradients(game, state, step, running, images, reconstructions)
 
     running = Running(discriminator.batch_stats, discriminator.logit_averages)
-    running, gradients, metrics, _ = accumulate(
-        micro_batch,
-        running,
-        discriminator.params,
-        (images, reconstructions),
-        game.config.optimizer.accumulate,
-    )
+    gradients, metrics = jax.tree.map(jnp.zeros_like, discriminator.params), {}
+    if playing:
+        running, gradients, metrics, _ = accumulate(
+            micro_batch,
+            running,
+            discriminator.params,
+            (images, reconstructions),
+            game.config.optimizer.accumulate,
+        )
     updates, opt_state = game.discriminator_optimizer.update(
         gradients, discriminator.opt_state, discriminator.params
     )
@@ -72,61 +75,51 @@ class Running:
     logit_averages: jax.Array
 
 
-@flax.struct.dataclass
-class Played:
-    """What one micro-batch of the adversarial game gives the discriminator."""
-
-    gradients: dict
-    metrics: dict
-    batch_stats: dict
-    logit_averages: jax.Array
-
-
 def discriminator_gradients(
     game: Game, state: TokenizerState, step, running: Running, images, reconstructions
-) -> Played:
-    """Gradients of the discriminator's loss; zeros before the adversarial game starts.
+):
+    """Gradients of the discriminator's loss on one micro-batch.
 
     Real and fake go through the discriminator one after the other, as in the reference, so that
     BatchNorm sees each by itself.
+
+    Returns:
+        Moved statistics, gradients, metrics, and None for outputs.
     """
     config = game.config.discriminator
     real_average, fake_average = running.logit_averages
 
-    def play(batch_stats):
-        def logits_of(params, images, batch_stats):
-            logits, updates = game.discriminator.apply(
-                {"params": params, "batch_stats": batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            return logits, updates.get("batch_stats", {})
+    def logits_of(params, images, batch_stats):
+        logits, updates = game.discriminator.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return logits, updates.get("batch_stats", {})
 
-        def loss(params):
-            real, moved = logits_of(params, images, batch_stats)
-            fake, moved = logits_of(params, reconstructions, moved)
-            raw = adversarial.discriminator_loss(config.loss, real, fake)
-            total = adversarial_share(game, step) * raw
-            metrics = {
-                "raw/discriminator": raw,
-                "logits/real": jnp.mean(real),
-                "logits/fake": jnp.mean(fake),
-            }
-            if config.lecam > 0:
-                metrics["raw/lecam"] = adversarial.lecam(real, fake, real_average, fake_average)
-                metrics["weighted/lecam"] = config.lecam * metrics["raw/lecam"]
-                total += metrics["weighted/lecam"]
-            metrics["loss/discriminator"] = total
-            return total, (metrics, moved)
+    def loss(params):
+        real, moved = logits_of(params, images, running.batch_stats)
+        fake, moved = logits_of(params, reconstructions, moved)
+        raw = adversarial.discriminator_loss(config.loss, real, fake)
+        total = adversarial_share(game, step) * raw
+        metrics = {
+            "raw/discriminator": raw,
+            "logits/real": jnp.mean(real),
+            "logits/fake": jnp.mean(fake),
+        }
+        if config.lecam > 0:
+            metrics["raw/lecam"] = adversarial.lecam(real, fake, real_average, fake_average)
+            metrics["weighted/lecam"] = config.lecam * metrics["raw/lecam"]
+            total += metrics["weighted/lecam"]
+        metrics["loss/discriminator"] = total
+        return total, (metrics, moved)
 
-        gradients, (metrics, moved) = jax.grad(loss, has_aux=True)(state.discriminator.params)
-        means = jnp.stack([metrics["logits/real"], metrics["logits/fake"]])
-        averages = running.logit_averages
-        averages = config.lecam_decay * averages + (1.0 - config.lecam_decay) * means
-        return Played(gradients, metrics, moved, averages)
-
-    return when_playing(game, step, play, running.batch_stats)
+    gradients, (metrics, moved) = jax.grad(loss, has_aux=True)(state.discriminator.params)
+    means = jnp.stack([metrics["logits/real"], metrics["logits/fake"]])
+    decay = config.lecam_decay
+    averages = decay * running.logit_averages + (1.0 - decay) * means
+    return Running(moved, averages), gradients, metrics, None
 
 
 def _refreshed(game: Game, state: TokenizerState, images, index):

@@ -74,6 +74,11 @@ class Game:
             temperature=optimizers.temperature_schedule(config.temperature),
         )
 
+    def plays(self, step: int) -> bool:
+        """Whether the adversarial game is computed at generator step `step` (from 0)."""
+        config = self.config.discriminator
+        return config.enabled and step >= config.start
+
     def init(self, images: jax.Array) -> TokenizerState:
         """The state before the first step; `images` are the first batch, in [-1, 1].
 

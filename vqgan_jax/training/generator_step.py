@@ -20,7 +20,9 @@ from vqgan_jax.training.optimizers import update_moving_average
 from vqgan_jax.training.states import TokenizerState, step_key
 
 
-def generator_step(game: Game, state: TokenizerState, images, perceptual_params):
+def generator_step(
+    game: Game, state: TokenizerState, images, perceptual_params, *, playing: bool
+):
     """One update of the tokenizer.
 
     Args:
@@ -28,6 +30,8 @@ def generator_step(game: Game, state: TokenizerState, images, perceptual_params)
         state: both players before the update.
         images: `(B, H, W, 3)` uint8 or float in [-1, 1]; label maps `(B, H, W)` of integers.
         perceptual_params: LPIPS parameters; None where its weight is 0.
+        playing: whether the adversarial game has started (`game.plays(step)`). It is static: the
+            program without the game computes nothing of it.
 
     Returns:
         The state after it, metrics, and the reconstructions `(B, H, W, C)` float32 that the update
@@ -37,7 +41,9 @@ def generator_step(game: Game, state: TokenizerState, images, perceptual_params)
 
     def micro_batch(running, images, index):
         images = prepare_images(game.config.data, images)
-        return generator_gradients(game, state, running, images, index, perceptual_params)
+        return generator_gradients(
+            game, state, running, images, index, perceptual_params, playing
+        )
 
     running = Running(generator.codebook, discriminator.batch_stats if discriminator else {})
     running, gradients, metrics, reconstructions = accumulate(
@@ -82,7 +88,13 @@ class Adversarial:
 
 
 def generator_gradients(
-    game: Game, state: TokenizerState, running: Running, images, index, perceptual_params
+    game: Game,
+    state: TokenizerState,
+    running: Running,
+    images,
+    index,
+    perceptual_params,
+    playing: bool,
 ):
     """Gradients of the generator's whole loss on micro-batch `index` of prepared images.
 
@@ -128,7 +140,7 @@ def generator_gradients(
 
     total = reconstruction_loss + quantization_loss
     metrics = quantization_terms | reconstruction_terms
-    if state.discriminator is not None:
+    if playing:
         term = adversarial_term(
             game, state, running.batch_stats, reconstructions, layer_gradient, pull_to_layer
         )
@@ -164,60 +176,35 @@ def generator_gradients(
 def adversarial_term(
     game: Game, state: TokenizerState, batch_stats, reconstructions, layer_gradient, pull_to_layer
 ) -> Adversarial:
-    """The generator's adversarial loss with the adaptive weight (equations 6 and 7).
-
-    Before the adversarial game starts, it is all zeros and nothing is computed.
-    """
+    """The generator's adversarial loss with the adaptive weight (equations 6 and 7)."""
     config = game.config.discriminator
 
-    def play(batch_stats):
-        def loss(reconstructions):
-            logits, updates = game.discriminator.apply(
-                {"params": state.discriminator.params, "batch_stats": batch_stats},
-                reconstructions,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            value = adversarial.generator_loss(config.loss, logits)
-            return value, updates.get("batch_stats", {})
+    def loss(reconstructions):
+        logits, updates = game.discriminator.apply(
+            {"params": state.discriminator.params, "batch_stats": batch_stats},
+            reconstructions,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return adversarial.generator_loss(config.loss, logits), updates.get("batch_stats", {})
 
-        (value, moved), cotangent = jax.value_and_grad(loss, has_aux=True)(reconstructions)
-        gradient = pull_to_layer(cotangent)[0]
-        weight = jnp.asarray(config.weight)
-        if config.adaptive_weight:
-            weight *= adversarial.adaptive_weight(
-                layer_gradient["kernel"],
-                gradient["kernel"],
-                config.adaptive_delta,
-                config.adaptive_max,
-            )
-        return Adversarial(value, weight, cotangent, gradient, moved)
-
-    return when_playing(game, state.step, play, batch_stats)
+    (value, moved), cotangent = jax.value_and_grad(loss, has_aux=True)(reconstructions)
+    gradient = pull_to_layer(cotangent)[0]
+    weight = jnp.asarray(config.weight)
+    if config.adaptive_weight:
+        weight *= adversarial.adaptive_weight(
+            layer_gradient["kernel"],
+            gradient["kernel"],
+            config.adaptive_delta,
+            config.adaptive_max,
+        )
+    return Adversarial(value, weight, cotangent, gradient, moved)
 
 
 def adversarial_share(game: Game, step) -> jax.Array:
     """How much of the adversarial terms counts at generator step `step`, for both players."""
     config = game.config.discriminator
     return config.factor * adversarial.ramp(step, config.start, config.warmup_steps)
-
-
-def when_playing(game: Game, step, play, batch_stats):
-    """`play(batch_stats)` from the adversarial game's start on; before it, zeros of that shape.
-
-    The discriminator's running statistics stay as they are until then.
-    """
-    config = game.config.discriminator
-    if config.start <= 0 or not config.idle_before_start:
-        return play(batch_stats)
-
-    def wait(batch_stats):
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(play, batch_stats)
-        )
-        return zeros.replace(batch_stats=batch_stats)
-
-    return jax.lax.cond(step >= config.start, play, wait, batch_stats)
 
 
 def micro_batch_keys(game: Game, step, index) -> dict[str, jax.Array]:

@@ -75,12 +75,14 @@ def train_tokenizer(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str
         functools.partial(generator_step, game),
         out_shardings=(layout, whole, rows),
         donate_argnums=0,
+        static_argnames="playing",
         compiler_options=options,
     )
     update_discriminator = jax.jit(
         functools.partial(discriminator_step, game),
         out_shardings=(layout, whole),
         donate_argnums=0,
+        static_argnames="playing",
         compiler_options=options,
     )
     judge = jax.jit(
@@ -175,11 +177,14 @@ def train_tokenizer(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str
         while step < training.num_steps:
             with progress.waiting_for_data():
                 batch = next(stream)
+            playing = game.plays(step)  # two programs: before the adversarial game, and in it
             state, metrics, reconstructions = update_generator(
-                state, batch["image"], perceptual_params
+                state, batch["image"], perceptual_params, playing=playing
             )
-            if game.config.discriminator.enabled:
-                state, more = update_discriminator(state, batch["image"], reconstructions)
+            if config.discriminator.enabled:
+                state, more = update_discriminator(
+                    state, batch["image"], reconstructions, playing=playing
+                )
                 metrics |= more
             step += 1
             log(deferred.push(step, metrics))

@@ -1,0 +1,38 @@
+import subprocess
+import sys
+
+import numpy as np
+import parity
+import pytest
+
+FILES = sorted(parity.GOLDENS.glob("taming_*.npz"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_replay_holds(path):
+    command = [sys.executable, parity.__file__, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert result.stdout.splitlines()[-1].startswith("worst: ")
+
+
+def test_replay_fails_where_a_number_is_wrong(tmp_path):
+    with np.load(parity.GOLDENS / "taming_gumbel.npz") as file:
+        golden = {key: file[key] for key in file.files}
+    golden["fwd/quant"] = golden["fwd/quant"] * 1.001
+    np.savez(tmp_path / "other_name.npz", **golden)
+    command = [sys.executable, parity.__file__, str(tmp_path / "other_name.npz")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 1
+    assert "worst: fwd/quant" in result.stdout.splitlines()[-1]
+
+
+def test_forward_and_first_step_hold_in_float32():
+    """Before an update of Adam has amplified rounding, training's own precision is enough."""
+    early = [
+        comparison
+        for comparison in parity.replay(parity.GOLDENS / "taming_vqgan.npz")
+        if comparison.key.startswith(("fwd/", "step0/g/"))
+    ]
+    assert len(early) > 150
+    assert max(comparison.share for comparison in early) < 1
