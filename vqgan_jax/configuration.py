@@ -147,6 +147,36 @@ def tokenizer_config() -> ConfigDict:
     return config.lock()
 
 
+def parse_argument(argument: str, **defaults) -> ConfigDict:
+    """The argument of a config file, `--config=FILE:ARGUMENT`, as `KEY=VALUE,KEY=VALUE`.
+
+    The first one may be a data set alone: `earth` is `data=earth`, and `folder=PATH` is
+    `data=folder:PATH`. Values take the type of their default.
+
+    Raises:
+        ConfigError: a key is unknown or a value has another type.
+    """
+    parsed = dict(defaults)
+    for i, part in enumerate(filter(None, argument.split(","))):
+        key, equals, value = part.partition("=")
+        if key == "folder" and equals:
+            key, value = "data", f"folder:{value}"
+        elif i == 0 and not equals:
+            key, value = "data", part
+        if key not in defaults:
+            raise ConfigError(
+                f"the config's argument {part!r} is unknown; it takes "
+                f"{', '.join(f'{name}={default}' for name, default in defaults.items())}."
+            )
+        try:
+            parsed[key] = type(defaults[key])(value)
+        except ValueError:
+            raise ConfigError(
+                f"the config's argument {part!r} needs a value like {defaults[key]!r}."
+            ) from None
+    return ConfigDict(parsed)
+
+
 def downsampling_factor(model: ConfigDict) -> int:
     """Pixels a code in each direction: f in "f16"."""
     return 2 ** (len(model.channel_multipliers) - 1)

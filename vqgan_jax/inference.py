@@ -5,10 +5,11 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from vqgan_jax.configuration import downsampling_factor
-from vqgan_jax.training.checkpoints import read_variables
+from vqgan_jax.training.checkpoints import CheckpointError, read_variables, shapes
 from vqgan_jax.training.game import make_vqgan
 
 
@@ -35,13 +36,19 @@ class Tokenizer:
         Label-map tokenizers take one-hot maps.
 
         Raises:
-            ValueError: the factor does not divide height and width, or channels are wrong.
+            ValueError: the factor does not divide height and width, channels are wrong, or images
+                are integers.
         """
         images = jnp.asarray(images)
         channels = self.config.model.in_channels
         if images.ndim != 4 or images.shape[-1] != channels:
             raise ValueError(
                 f"images have shape {images.shape}; this tokenizer takes (B, H, W, {channels})."
+            )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"images have type {images.dtype}; this tokenizer takes floats"
+                + (", one-hot." if self.config.data.num_labels else " in [-1, 1]: x / 127.5 - 1.")
             )
         height, width = images.shape[1:3]
         if height % self.factor or width % self.factor:
@@ -54,15 +61,26 @@ class Tokenizer:
     def decode(self, codes) -> jax.Array:
         """Codes `(B, h, w)` -> images `(B, f h, f w, C)` in [-1, 1]; logits for label maps.
 
+        Codes outside the codebook are looked for where they are on the host; on a device they give
+        NaN.
+
         Raises:
-            ValueError: codes are not three-dimensional integers.
+            ValueError: codes are not three-dimensional integers, or outside the codebook.
         """
-        codes = jnp.asarray(codes)
+        if not isinstance(codes, jax.Array):
+            codes = np.asarray(codes)
         if codes.ndim != 3 or not jnp.issubdtype(codes.dtype, jnp.integer):
             raise ValueError(
                 f"codes have shape {codes.shape} and type {codes.dtype}; they must be integers "
                 "(B, h, w)."
             )
+        if isinstance(codes, np.ndarray) and codes.size:
+            lowest, highest = codes.min(), codes.max()
+            if lowest < 0 or highest >= self.codebook_size:
+                raise ValueError(
+                    f"codes are from {lowest} to {highest}; this codebook has 0 to "
+                    f"{self.codebook_size - 1}."
+                )
         return self._decode(self.variables, codes)
 
     @functools.cached_property
@@ -89,4 +107,22 @@ def load(path: str | os.PathLike) -> Tokenizer:
         CheckpointError: there is none at `path`, or it is damaged.
     """
     config, variables, _ = read_variables(path)
-    return Tokenizer(config, variables)
+    tokenizer = Tokenizer(config, variables)
+    _check_shapes(path, tokenizer)
+    return tokenizer
+
+
+def _check_shapes(path: str | os.PathLike, tokenizer: Tokenizer) -> None:
+    """Raises `CheckpointError` where the variables are not those that the config describes."""
+    channels = tokenizer.config.model.in_channels
+    images = jax.ShapeDtypeStruct((1, tokenizer.factor, tokenizer.factor, channels), jnp.float32)
+    described = shapes(jax.eval_shape(tokenizer.module.init, jax.random.key(0), images))
+    found = shapes(tokenizer.variables)
+    different = sorted(described.items() ^ found.items())
+    if different:
+        name = different[0][0]
+        raise CheckpointError(
+            f"{path} does not fit its own config: {name} has the shape "
+            f"{found.get(name, 'of nothing')}, and the config describes "
+            f"{described.get(name, 'none of that name')}."
+        )

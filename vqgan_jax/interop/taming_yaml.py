@@ -34,6 +34,7 @@ _LOSS = {
     "perceptual_weight": ("loss.perceptual", float),
     "disc_start": ("discriminator.start", int),
     "disc_weight": ("discriminator.weight", float),
+    "disc_factor": ("discriminator.factor", float),
     "disc_num_layers": ("discriminator.num_layers", int),
     "disc_ndf": ("discriminator.channels", int),
     "disc_loss": ("discriminator.loss", str),
@@ -45,7 +46,13 @@ _TEMPERATURE = {
     "lr_max": ("temperature.peak", float),
     "lr_min": ("temperature.end", float),
 }
-_LOSS_DEFAULTS = {"disc_weight": 1.0, "disc_loss": "hinge", "disc_num_layers": 3, "disc_ndf": 64}
+_LOSS_DEFAULTS = {
+    "disc_weight": 1.0,
+    "disc_factor": 1.0,
+    "disc_loss": "hinge",
+    "disc_num_layers": 3,
+    "disc_ndf": 64,
+}
 # values that these options must have, since nothing else was ever published
 _FIXED_NETWORK = {
     "double_z": (True, False),  # default, and the only value a tokenizer can have
@@ -60,7 +67,7 @@ _FIXED_LOSS = {
     "pixel_loss": ("l1", "l1"),
     "perceptual_loss": ("lpips", "lpips"),
 }
-_UNUSED_LOSS = ("pixelloss_weight", "n_classes", "disc_in_channels", "disc_factor", "use_actnorm")
+_UNUSED_LOSS = ("pixelloss_weight", "n_classes", "disc_in_channels", "use_actnorm")
 
 
 class ConversionError(ValueError):
@@ -78,7 +85,7 @@ def config_from_yaml(source: Mapping | str | os.PathLike) -> ConfigDict:
     """A full config from the reference's description of a model.
 
     The reference's loss has no weight for the L1 term and always the legacy codebook loss; both
-    are the defaults here. Its `disc_factor` is folded into the adversarial weight. A model without
+    are the defaults here. A model without
     a training loss (`DummyLoss`) becomes a config without a discriminator.
 
     Args:
@@ -153,7 +160,6 @@ def _assign_loss(config: ConfigDict, description: Mapping) -> None:
             raise ConversionError(f"lossconfig.params.{unknown[0]} is not supported.")
         _require_fixed(params, _FIXED_LOSS, "lossconfig.params")
         _assign(config, {**_LOSS_DEFAULTS, **params}, _LOSS, "lossconfig.params", {"disc_start"})
-        config.discriminator.weight *= _number(params, "disc_factor", float, 1.0)
         config.discriminator.norm = "act" if params.get("use_actnorm", False) else "batch"
         channels = _number(params, "disc_in_channels", int, 3)
         if channels != config.model.out_channels:

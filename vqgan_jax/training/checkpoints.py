@@ -5,8 +5,10 @@ and the resolved config. An export is `config.json` and `variables/`: the tokeni
 (the moving average where there is one) and, for fine-tuning, the discriminator's.
 """
 
+import contextlib
 import json
 import logging
+import math
 import pathlib
 import shutil
 from typing import Any
@@ -38,22 +40,29 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         training = self._config.training
+
+        def rank(metrics):  # a checkpoint without an evaluation is never the best
+            return metrics.get(training.best_metric, math.inf)
+
         policies = [LatestN(training.keep_latest)]
         if training.keep_best > 0:
-            policies.append(
-                BestN(
-                    get_metric_fn=lambda metrics: metrics[training.best_metric],
-                    reverse=True,  # ascending keeps the highest; ours are better when lower
-                    n=training.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            # Ascending order would keep the highest; ours are better when lower.
+            policies.append(BestN(get_metric_fn=rank, reverse=True, n=training.keep_best))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
+            best_fn=rank,  # without it the metrics would be forgotten when the run is resumed
+            create=False,  # nothing is made before there is something to save
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
-        return ocp.CheckpointManager(self._directory, options=options)
+        # Without the handlers a manager that has saved nothing yet cannot read metadata.
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        state_handler, config_handler = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
+        registry.add("state", ocp.args.StandardSave, state_handler)
+        registry.add("state", ocp.args.StandardRestore, state_handler)
+        registry.add("config", ocp.args.JsonSave, config_handler)
+        registry.add("config", ocp.args.JsonRestore, config_handler)
+        return ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
 
     def latest_step(self) -> int | None:
         """The newest checkpoint's step, or None."""
@@ -64,13 +73,14 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         try:
+            self._directory.mkdir(parents=True, exist_ok=True)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     config=ocp.args.JsonSave(json.loads(configuration.to_json(self._config))),
                 ),
-                metrics=metrics,
+                metrics=metrics or {},
             )
         except OSError as error:
             raise _write_error(self._directory, error) from error
@@ -92,14 +102,14 @@ class Checkpoints:
                     args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
                 )
                 return step, restored["state"]
-            except CheckpointError:
-                raise
+            except (CheckpointError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+                raise  # nothing that another checkpoint would help against
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
                 self._set_aside(step, error)
-        if steps:
+        if any(self._directory.glob("*.damaged*")):
             raise CheckpointError(
-                f"None of the checkpoints in {self._directory} can be read. They were renamed to "
-                "STEP.damaged; choose another --workdir to start anew."
+                f"None of the checkpoints in {self._directory} can be read; they are renamed to "
+                "STEP.damaged. Choose another --workdir to start anew."
             )
         return None
 
@@ -253,7 +263,7 @@ def read_variables(path: str | pathlib.Path) -> tuple[ConfigDict, Any, Any | Non
 
 
 def _read_export(path: pathlib.Path) -> tuple[ConfigDict, Any, Any | None]:
-    config = configuration.from_json((path / CONFIG_FILE).read_text())
+    config = _read_config(path / CONFIG_FILE, path)
     items = _read_tree(path / VARIABLES, lambda tree: tree)
     return config, items["tokenizer"], items.get("discriminator")
 
@@ -274,11 +284,7 @@ def _read_checkpoint(path: pathlib.Path) -> tuple[ConfigDict, Any, Any | None]:
             }
         return wanted
 
-    config_file = path / "config" / "metadata"
-    try:
-        config = configuration.from_json(config_file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"The checkpoint {path} is damaged: {error}.") from error
+    config = _read_config(path / "config" / "metadata", path)
     state = _read_tree(path / "state", wanted)
     generator = state["generator"]
     variables = {"params": generator.get("ema_params") or generator["params"]}
@@ -287,18 +293,25 @@ def _read_checkpoint(path: pathlib.Path) -> tuple[ConfigDict, Any, Any | None]:
     return config, variables, state.get("discriminator")
 
 
+def _read_config(file: pathlib.Path, path: pathlib.Path) -> ConfigDict:
+    try:
+        return configuration.from_json(file.read_text())
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: its {file.name} cannot be read: {error}") from error
+
+
 def _read_tree(path: pathlib.Path, wanted) -> Any:
     """The part of a stored tree that `wanted` picks, as host arrays on the default device."""
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            metadata = wanted(checkpointer.metadata(path).item_metadata.tree)
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            metadata = wanted(handler.metadata(path).tree)
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             item = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
                 metadata,
             )
             restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-            return checkpointer.restore(
+            return handler.restore(
                 path,
                 args=ocp.args.PyTreeRestore(
                     item=item, restore_args=restore_args, partial_restore=True

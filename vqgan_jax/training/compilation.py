@@ -1,8 +1,13 @@
-"""Compiler options by backend."""
+"""How the steps are compiled: options by backend, layouts and donation."""
 
 import functools
+from collections.abc import Callable
 
 import jax
+
+from vqgan_jax.training.discriminator_step import discriminator_step
+from vqgan_jax.training.game import Game
+from vqgan_jax.training.generator_step import generator_step
 
 
 @functools.cache
@@ -20,3 +25,25 @@ def compile_options() -> dict[str, str] | None:
     except Exception:  # the kind of error differs between versions
         return None
     return options
+
+
+def compile_players(game: Game, state_layout, rows, whole) -> tuple[Callable, Callable]:
+    """`generator_step` and `discriminator_step` of a game as training runs them.
+
+    The state given to each is donated to it.
+
+    Args:
+        game: what does not change from step to step.
+        state_layout: a sharding for each array of the state.
+        rows: the sharding of batches.
+        whole: the sharding of metrics, replicated.
+    """
+    compiled = functools.partial(
+        jax.jit, donate_argnums=0, static_argnames="playing", compiler_options=compile_options()
+    )
+    return (
+        compiled(
+            functools.partial(generator_step, game), out_shardings=(state_layout, whole, rows)
+        ),
+        compiled(functools.partial(discriminator_step, game), out_shardings=(state_layout, whole)),
+    )

@@ -130,7 +130,7 @@ class MetricWriter:
             # Names have whole seconds only: a quick restart would overwrite the file before it.
             filename_suffix=f".{os.getpid()}.{time.time_ns()}",
         )
-        if config_json and resume_step is None:
+        if config_json and not resume_step:
             self._tensorboard.add_text("config", f"```json\n{config_json}\n```", 0)
         if self._wandb is not None:
             self._wandb_run = self._start_wandb(wandb_project, config_json, resume_step)

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import pathlib
+from collections.abc import Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -14,11 +15,9 @@ from vqgan_jax.data.pipeline import evaluation_batches, evaluation_images, train
 from vqgan_jax.data.sources import open_source
 from vqgan_jax.interop.lpips import check_lpips, load_lpips
 from vqgan_jax.training.checkpoints import CONFIG_FILE, Checkpoints
-from vqgan_jax.training.compilation import compile_options
-from vqgan_jax.training.discriminator_step import discriminator_step
+from vqgan_jax.training.compilation import compile_options, compile_players
 from vqgan_jax.training.evaluation import evaluate, evaluation_step
 from vqgan_jax.training.game import Game
-from vqgan_jax.training.generator_step import generator_step
 from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.logging import DeferredMetrics, MetricWriter, check_finite
 from vqgan_jax.training.objectives import uses_perceptual
@@ -28,13 +27,24 @@ from vqgan_jax.training.sharding import batch_sharding, make_mesh, replicated, s
 from vqgan_jax.training.stopping import Preempted, StopSignal
 from vqgan_jax.training.warm_start import start_from
 
+EVALUATION_FILE = "evaluation.json"  # the newest evaluation's figures
+
 # On the terminal; metrics.jsonl has everything.
 SHOWN = ("loss/reconstruction", "loss/quantization", "loss/discriminator", "adversarial_weight")
 SHOWN_EVALUATION = ("psnr", "ssim", "lpips", "pixel_accuracy", "codebook_usage")
 
 
-def train_tokenizer(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
+def train_tokenizer(
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    devices: Sequence[jax.Device] | None = None,
+) -> dict[str, float]:
     """Trains to `config.training.num_steps`, from the newest checkpoint in `workdir` if any.
+
+    Args:
+        config: the experiment, as a file of `configs/` makes it.
+        workdir: where checkpoints, metrics and pictures go; made if missing.
+        devices: what to train on; None for all that there are.
 
     Returns:
         The figures of the last evaluation.
@@ -49,7 +59,7 @@ def train_tokenizer(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str
     say = print if jax.process_index() == 0 else lambda *_, **__: None
 
     # ---- Devices and data: what cannot work ends here, before anything is written or compiled.
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     micro_batch_size = training.batch_size // config.optimizer.accumulate
     rows = batch_sharding(mesh, micro_batch_size, "the micro-batch size")
     open_source(
@@ -71,20 +81,7 @@ def train_tokenizer(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str
     )
     layout = state_shardings(abstract_state, config.sharding_rules, mesh)
     whole = replicated(mesh)
-    update_generator = jax.jit(
-        functools.partial(generator_step, game),
-        out_shardings=(layout, whole, rows),
-        donate_argnums=0,
-        static_argnames="playing",
-        compiler_options=options,
-    )
-    update_discriminator = jax.jit(
-        functools.partial(discriminator_step, game),
-        out_shardings=(layout, whole),
-        donate_argnums=0,
-        static_argnames="playing",
-        compiler_options=options,
-    )
+    update_generator, update_discriminator = compile_players(game, layout, rows, whole)
     judge = jax.jit(
         functools.partial(evaluation_step, game), out_shardings=whole, compiler_options=options
     )
@@ -109,6 +106,10 @@ def train_tokenizer(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str
             )
         )
         start = restored[0] if restored else 0
+        evaluation_file = workdir / EVALUATION_FILE
+        if start >= training.num_steps and evaluation_file.exists():
+            say(f"The run in {workdir} is finished: it has all its {start} steps.")
+            return json.loads(evaluation_file.read_text())
         batches = stack.enter_context(
             contextlib.closing(training_batches(config, rows, start_step=start))
         )
@@ -139,7 +140,9 @@ def train_tokenizer(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str
             (workdir / CONFIG_FILE).write_text(configuration.to_json(config))
         progress = Progress(training.num_steps, training.batch_size, start)
         deferred = DeferredMetrics()
-        stop_signal = stack.enter_context(StopSignal())
+        # Several processes must agree on the step, so there JAX itself listens for SIGTERM.
+        alone = jax.process_count() == 1
+        stop_signal = stack.enter_context(StopSignal()) if alone else None
 
         def log(arrived: tuple[int, dict[str, float]] | None) -> None:
             if arrived is None:
@@ -158,6 +161,7 @@ def train_tokenizer(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str
             )
             with contextlib.closing(validation):
                 figures = evaluate(judge, validation, variables, perceptual_params)
+            check_finite(step, {"validation/loss": figures["reconstruction_loss"]})
             writer.write(step, {f"validation/{name}": value for name, value in figures.items()})
             images = jax.device_put(pictured, whole)
             originals = prepare_images(config.data, images)
@@ -165,12 +169,12 @@ def train_tokenizer(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str
             writer.write_images(step, "reconstructions", grid)
             shown = [f"{name} {figures[name]:.4g}" for name in SHOWN_EVALUATION if name in figures]
             say(f"evaluation at step {step} on {figures['images']:.0f} images:", *shown, flush=True)
+            if jax.process_index() == 0:
+                evaluation_file.write_text(json.dumps(figures, indent=2) + "\n")
             return figures
 
         def asked_to_stop(step: int) -> bool:
-            if jax.process_count() == 1:
-                return stop_signal.received
-            return checkpoints.reached_preemption(step)  # all processes agree on the step
+            return stop_signal.received if alone else checkpoints.reached_preemption(step)
 
         # ---- The loop.
         figures, step = None, start
@@ -205,11 +209,7 @@ def train_tokenizer(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str
                 checkpoints.wait()
                 raise Preempted(f"Stopped at step {step}; the same command goes on from there.")
 
-        if figures is None:  # the run was finished already
-            figures = evaluate_now(step)
-        if jax.process_index() == 0:
-            (workdir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-        return figures
+        return figures or evaluate_now(step)
 
 
 def perceptual_parameters(game: Game, mesh: jax.sharding.Mesh):

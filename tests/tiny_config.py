@@ -1,0 +1,38 @@
+"""The smallest run that has every part: both players, LPIPS, evaluations, checkpoints.
+
+A test passes its data and perceptual weights by the environment.
+"""
+
+import os
+
+from vqgan_jax.configuration import tokenizer_config
+
+
+def get_config(arg: str = ""):
+    """The config; `arg` is not used."""
+    del arg
+    config = tokenizer_config()
+    config.model.dtype = "float32"
+    config.model.resolution = 32
+    config.model.channels = 32
+    config.model.channel_multipliers = (1, 1)
+    config.model.num_res_blocks = 0
+    config.model.attention_resolutions = ()
+    config.model.latent_channels = 32
+    config.model.quantizer.codebook_size = 64
+    config.model.quantizer.code_dim = 8
+    config.loss.perceptual_network.backbone = "alexnet"
+    config.loss.perceptual_network.path = os.environ["VQGAN_JAX_TEST_LPIPS"]
+    config.loss.perceptual_network.sha256 = os.environ["VQGAN_JAX_TEST_LPIPS_SHA256"]
+    config.discriminator.channels = 16
+    config.discriminator.num_layers = 1
+    config.discriminator.start = 2
+    config.data.name = "folder:" + os.environ["VQGAN_JAX_TEST_IMAGES"]
+    config.data.threads = 2
+    config.training.batch_size = 8
+    config.training.num_steps = 14
+    config.training.log_every = 1
+    config.training.evaluate_every = 7
+    config.training.checkpoint_every = 2
+    config.training.grid_images = 4
+    return config
