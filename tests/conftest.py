@@ -4,6 +4,8 @@ import os
 import pathlib
 import tempfile
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -12,3 +14,30 @@ os.environ["XLA_FLAGS"] = (
 _CACHE = pathlib.Path(tempfile.gettempdir()) / f"vqgan_jax_tests_{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture(scope="session")
+def shared_directory(tmp_path_factory):
+    """A directory of this test session that all its processes share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def run_inputs(shared_directory):
+    """Images and perceptual weights for `tiny_config.py`, which finds them by the environment."""
+    import runs
+
+    directory = runs.made_once(shared_directory / "inputs", runs.write_inputs)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in runs.inputs_environment(directory).items():
+            environment.setenv(name, value)
+        yield directory
+
+
+@pytest.fixture(scope="session")
+def reference_run(shared_directory, run_inputs):
+    """A run of `tiny_config.py` on one device that nothing interrupted."""
+    import runs
+
+    return runs.made_once(shared_directory / "reference", runs.run)

@@ -68,7 +68,9 @@ def test_sizes_through_an_f4_model(size, latent, output):
     config.model.channel_multipliers = (1, 2, 2)
     model = make_vqgan(config.model)
     variables = shapes_of(model, images(1, 64, 64, 3))
-    codes = jax.eval_shape(lambda v, x: model.apply(v, x, method="encode"), variables, images(2, *size, 3))
+    codes = jax.eval_shape(
+        lambda v, x: model.apply(v, x, method="encode"), variables, images(2, *size, 3)
+    )
     assert codes.shape == (2, *latent) and codes.dtype == jnp.int32
     decoded = jax.eval_shape(lambda v, c: model.apply(v, c, method="decode"), variables, codes)
     assert decoded.shape == (2, *output, 3) and decoded.dtype == jnp.float32
@@ -230,7 +232,9 @@ def test_recomputation_gives_equal_gradients():
         return compiled(variables), str(jax.make_jaxpr(jax.grad(loss))(variables))
 
     (plain, _), (recomputed, program) = gradients(False), gradients(True)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), plain, recomputed)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), plain, recomputed
+    )
     assert "remat" in program or "checkpoint" in program
 
 
@@ -243,7 +247,9 @@ def test_bfloat16_computes_with_float32_parameters_and_results():
     variables = tiny.initial_variables(config)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     reconstructions, quantized = jax.jit(narrow.apply)(variables, x)
-    assert reconstructions.dtype == quantized.latents.dtype == quantized.vectors.dtype == jnp.float32
+    assert (
+        reconstructions.dtype == quantized.latents.dtype == quantized.vectors.dtype == jnp.float32
+    )
     latents = {
         name: jax.jit(lambda v, x, model=model: model.apply(v, x, method="latents"))(variables, x)
         for name, model in (("wide", wide), ("narrow", narrow))

@@ -140,8 +140,8 @@ def test_unit_length_makes_the_distance_the_cosine(kind):
     latents = normal(2, 3, 3, DIM) * np.exp(normal(2, 3, 3, 1, seed=3))
     variables = module.init(jax.random.key(0), latents)
     result = module.apply(variables, latents)
-    codebook = np.asarray(jax.tree.leaves(variables.get("params", {}))[0]) if kind == "nearest" else (
-        np.asarray(variables["codebook"]["embedding"])
+    codebook = np.asarray(
+        variables["params"]["codebook"] if kind == "nearest" else variables["codebook"]["embedding"]
     )
     unit = codebook / np.linalg.norm(codebook, axis=-1, keepdims=True)
     cosines = (latents / np.linalg.norm(latents, axis=-1, keepdims=True)) @ unit.T
@@ -183,7 +183,9 @@ def test_moving_average_is_the_formula_of_the_paper():
         smoothed = (counts + 1e-5) / (counts.sum() + SIZE * 1e-5) * counts.sum()
         embedding = sums / smoothed[:, None]
         np.testing.assert_allclose(variables["codebook"]["counts"], counts, rtol=1e-5)
-        np.testing.assert_allclose(variables["codebook"]["embedding"], embedding, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(
+            variables["codebook"]["embedding"], embedding, rtol=1e-4, atol=1e-7
+        )
 
 
 def test_evaluation_moves_nothing():
@@ -203,7 +205,7 @@ def test_dead_codes_start_again_on_latents_of_the_batch():
         result, variables = ema_step(module, variables, latents, seed)
         used.append(len(np.unique(result.codes)))
     assert used[0] == 1 and used[-1] > SIZE // 2
-    assert ema_counts_of_plain(latents) < SIZE // 4  # without restarts the others stay dead
+    assert codes_used_without_restarts(latents) < SIZE // 4
 
     variables["codebook"]["counts"] = jnp.full(SIZE, 5.0).at[3].set(1e-3)
     before = np.asarray(variables["codebook"]["embedding"])
@@ -214,7 +216,7 @@ def test_dead_codes_start_again_on_latents_of_the_batch():
     assert after["codebook"]["counts"][3] == 1
 
 
-def ema_counts_of_plain(latents):
+def codes_used_without_restarts(latents):
     module = EMAQuantizer(SIZE, DIM, decay=0.5)
     variables = module.init(jax.random.key(0), latents)
     for _ in range(6):
@@ -343,7 +345,11 @@ def test_low_temperature_makes_the_relaxed_sample_hard(gumbel):
 
     def loss(latents, temperature):
         result = module.apply(
-            variables, latents, train=True, temperature=temperature, rngs={"gumbel": jax.random.key(1)}
+            variables,
+            latents,
+            train=True,
+            temperature=temperature,
+            rngs={"gumbel": jax.random.key(1)},
         )
         return jnp.sum(result.quantized * normal(2, 3, 3, DIM, seed=5))
 

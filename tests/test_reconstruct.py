@@ -3,8 +3,8 @@
 import json
 import subprocess
 import sys
+from pathlib import PurePath
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -12,9 +12,10 @@ from PIL import Image
 from skimage import data as skimage_data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+import vqgan_jax
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.inputs import crop_to_multiple, unique_names
-from vqgan_jax.reconstruct import overview, reconstruct
+from vqgan_jax.reconstruct import overview, reconstruct, without_infinity
 from vqgan_jax.training.checkpoints import write_export
 from vqgan_jax.training.pictures import label_colors
 
@@ -115,10 +116,8 @@ def test_figures_are_those_of_scikit_image_on_the_files(written):
     assert stored["means"].keys() == {"psnr", "ssim", "lpips"}
 
 
-def test_codebook_figures_do_not_count_padding(written, export, folder):
+def test_codebook_figures_do_not_count_padding(written, export):
     """Five pictures go in batches of two, so one batch is padded."""
-    import vqgan_jax
-
     tokenizer = vqgan_jax.load(export)
     counts = np.zeros(32)
     for entry in written[1]["pictures"]:
@@ -154,6 +153,17 @@ def test_nothing_to_reconstruct_is_an_error_and_writes_nothing(export, folder, t
         reconstruct(str(export), [str(tmp_path / "missing")], tmp_path / "out")
     with pytest.raises(DataError, match="None of the 1 images"):
         reconstruct(str(export), [str(folder / "broken.png")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_too_large_for_the_memory_are_an_error_and_nothing_is_written(
+    export, folder, tmp_path
+):
+    """The attention over 3,072 x 3,072 positions would take 324 TiB, more than can be addressed."""
+    Image.new("L", (6144, 6144)).save(tmp_path / "large.png")
+    files = [str(folder / "a.png"), str(tmp_path / "large.png")]
+    with pytest.raises(DataError, match="1 images of 6144 x 6144 pixels.*--batch_size or --resize"):
+        reconstruct(str(export), files, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -216,7 +226,9 @@ def test_command_line(export, folder, tmp_path):
     def run(*arguments):
         return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
 
-    good = run(f"--input={folder / 'a.png'},{folder / 'broken.png'}", f"--output={tmp_path / 'out'}")
+    good = run(
+        f"--input={folder / 'a.png'},{folder / 'broken.png'}", f"--output={tmp_path / 'out'}"
+    )
     assert good.returncode == 0, good.stderr
     assert "skipped: " in good.stderr and "broken.png" in good.stderr
     assert "mean of 1" in good.stdout and "Traceback" not in good.stderr
@@ -225,19 +237,15 @@ def test_command_line(export, folder, tmp_path):
     assert bad.stderr.splitlines()[-1].startswith("error: None of the 1 images")
 
 
-def test_perfect_reconstruction_is_null_in_json(export, folder, tmp_path, monkeypatch):
-    from vqgan_jax import reconstruct as module
-
+def test_perfect_reconstruction_is_null_in_json():
     summary = {"means": {"psnr": float("inf")}, "pictures": [{"psnr": float("inf"), "ssim": 1.0}]}
-    assert module.without_infinity(summary) == {
+    assert without_infinity(summary) == {
         "means": {"psnr": None},
         "pictures": [{"psnr": None, "ssim": 1.0}],
     }
 
 
 def test_names_are_unique_where_letters_differ_only_in_case():
-    from pathlib import PurePath
-
     paths = [PurePath(p) for p in ("A.jpg", "a.png", "a.tif", "b/a.png", "a-2.png", "grid.jpg")]
     names = unique_names(paths, reserved=["grid.png"])
     assert names == ["A.png", "a-2.png", "a-3.png", "b/a.png", "a-2-2.png", "grid-2.png"]
@@ -255,7 +263,9 @@ def test_crop_takes_the_centre(factor):
 
 
 def test_overview_of_pictures_of_different_sizes():
-    pairs = [Image.new("RGB", size, "black") for size in [(20, 10), (8, 16), (20, 16), (2, 2), (4, 4)]]
+    pairs = [
+        Image.new("RGB", size, "black") for size in [(20, 10), (8, 16), (20, 16), (2, 2), (4, 4)]
+    ]
     grid = np.asarray(overview(pairs))
     assert grid.shape == (2 * 18 - 2, 4 * 22 - 2, 3)
     assert (grid == 0).all(-1).sum() == 200 + 128 + 320 + 4 + 16

@@ -1,6 +1,6 @@
 """The smallest run that has every part: both players, LPIPS, evaluations, checkpoints.
 
-A test passes its data and perceptual weights by the environment.
+The tests' environment names its images and perceptual weights; see `runs.py`.
 """
 
 import os
@@ -16,14 +16,14 @@ def get_config(arg: str = ""):
     config.model.resolution = 32
     config.model.channels = 32
     config.model.channel_multipliers = (1, 1)
-    config.model.num_res_blocks = 0
+    config.model.num_res_blocks = 0  # the decoder has one a level
     config.model.attention_resolutions = ()
     config.model.latent_channels = 32
     config.model.quantizer.codebook_size = 64
     config.model.quantizer.code_dim = 8
     config.loss.perceptual_network.backbone = "alexnet"
-    config.loss.perceptual_network.path = os.environ["VQGAN_JAX_TEST_LPIPS"]
-    config.loss.perceptual_network.sha256 = os.environ["VQGAN_JAX_TEST_LPIPS_SHA256"]
+    config.loss.perceptual_network.path = os.environ["VQGAN_JAX_TEST_WEIGHTS"]
+    config.loss.perceptual_network.sha256 = os.environ["VQGAN_JAX_TEST_SHA256"]
     config.discriminator.channels = 16
     config.discriminator.num_layers = 1
     config.discriminator.start = 2
@@ -34,5 +34,6 @@ def get_config(arg: str = ""):
     config.training.log_every = 1
     config.training.evaluate_every = 7
     config.training.checkpoint_every = 2
+    config.training.keep_latest = 20
     config.training.grid_images = 4
     return config

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
 
 import absl.logging
@@ -43,10 +45,40 @@ def run(main: Callable[[], None]) -> None:
 def _parse(arguments):
     try:
         return flags.FLAGS(arguments)
-    except flags.Error as error:
-        _fail(f"{error} See --help.")
-    except (AttributeError, KeyError, TypeError, ValueError, ImportError, OSError) as error:
-        _fail(f"{error}")
+    except Exception as error:  # a config file is a program and can raise anything
+        _fail(_describe(error, arguments))
+
+
+def _describe(error: Exception, arguments: list[str]) -> str:
+    """One line about flags that cannot be taken, or about what went wrong in the config file."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or (
+        None if chain[-1].__suppress_context__ else chain[-1].__context__
+    ):
+        chain.append(cause)
+    for cause in chain:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+    root = chain[-1]
+    if isinstance(root, SyntaxError):
+        return f"{root.filename}, line {root.lineno}: {root.msg}."
+
+    values = [argument.partition("--config=")[2] for argument in arguments]
+    path = next((value.split(":")[0] for value in values if value), "--config")
+    text = str(root.args[0] if isinstance(root, KeyError) else root)
+    if isinstance(root, OSError) and not root.filename:  # it lists the places looked at
+        text = text.splitlines()[-1]
+    text = re.sub(r" Other fields present: .*(?=\nDid you mean|$)", "", text, flags=re.DOTALL)
+    text = " ".join(text.split())
+    frames = traceback.extract_tb(root.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    if lines:
+        return f"{path}, line {lines[-1]}: {type(root).__name__}: {text}"
+    if isinstance(error, flags.Error):
+        return f"{error} See --help."
+    if isinstance(root, (AttributeError, KeyError)) and "get_config" not in text:
+        return f"the config has no key {text}"
+    return f"{path}: {text}"
 
 
 def _fail(message: str) -> None:

@@ -209,10 +209,33 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _one_of(config: ConfigDict, path: str, *choices: str) -> None:
-    value = config
+    value = _value_at(config, path)
+    _require(
+        value in choices, f"config.{path} is {value!r}; it must be one of {', '.join(choices)}."
+    )
+
+
+def _value_at(config: ConfigDict, path: str):
     for key in path.split("."):
-        value = value[key]
-    _require(value in choices, f"config.{path} is {value!r}; it must be one of {', '.join(choices)}.")
+        config = config[key]
+    return config
+
+
+_POSITIVE = (
+    "model.resolution",
+    "model.channels",
+    "model.latent_channels",
+    "model.quantizer.codebook_size",
+    "model.quantizer.code_dim",
+    "optimizer.accumulate",
+    "training.batch_size",
+    "training.num_steps",
+    "training.log_every",
+    "training.evaluate_every",
+    "training.checkpoint_every",
+    "training.keep_latest",
+    "training.grid_images",
+)
 
 
 def validate(config: ConfigDict) -> None:
@@ -223,11 +246,14 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "discriminator.loss", "hinge", "vanilla", "non_saturating")
     _one_of(config, "loss.perceptual_network.backbone", "vgg16", "alexnet")
     _one_of(config, "optimizer.schedule", "constant", "cosine")
+    for path in _POSITIVE:
+        value = _value_at(config, path)
+        _require(value > 0, f"config.{path} is {value}; it must be positive.")
 
     model, training = config.model, config.training
     factor = downsampling_factor(model)
     _require(
-        model.resolution > 0 and model.resolution % factor == 0,
+        model.resolution % factor == 0,
         f"config.model.resolution is {model.resolution}, which the model's factor {factor} does "
         f"not divide; take {max(1, model.resolution // factor) * factor}.",
     )
@@ -241,6 +267,11 @@ def validate(config: ConfigDict) -> None:
         config.loss.binary_cross_entropy == 0 or config.data.num_labels > 0,
         "config.loss.binary_cross_entropy needs a label map: set config.data.num_labels.",
     )
+    _require(
+        config.loss.binary_cross_entropy > 0 or config.data.num_labels == 0,
+        "config.data.num_labels makes a label-map tokenizer, whose loss is "
+        "config.loss.binary_cross_entropy: set it to 1.",
+    )
     channels = config.data.num_labels or model.in_channels
     _require(
         model.in_channels == channels == model.out_channels,
@@ -252,5 +283,3 @@ def validate(config: ConfigDict) -> None:
         f"config.training.batch_size {training.batch_size} is not divisible by "
         f"config.optimizer.accumulate {config.optimizer.accumulate}.",
     )
-    for key in ("batch_size", "num_steps", "log_every", "evaluate_every", "checkpoint_every"):
-        _require(training[key] > 0, f"config.training.{key} is {training[key]}; it must be positive.")

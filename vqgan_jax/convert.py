@@ -45,7 +45,7 @@ def convert(checkpoint_file: Path, description_file: Path, output: Path) -> None
     print(f"  discriminator  {'no' if discriminator is None else 'yes, for fine-tuning'}")
     print(f"  left out       {_listed(left_out)}")
     print(f"Wrote {output}. To see what it makes of images:")
-    print(f"  python -m vqgan_jax.reconstruct --checkpoint={output}")
+    print(f"  python -m vqgan_jax.reconstruct --checkpoint={output} --input=PICTURES --output=seen")
 
 
 def convert_back(source: Path, output: Path) -> None:

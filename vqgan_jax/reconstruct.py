@@ -168,7 +168,8 @@ def group_by_shape(
     The pixels are read again when they are needed, as all of them may not fit into memory.
 
     Returns:
-        Pictures of equal shape together; and by name, why the others cannot be used.
+        Pictures of equal shape together, the largest first: should they not fit into the device's
+        memory, nothing is written yet. And by name, why the others cannot be used.
     """
 
     def shape_of(picture):
@@ -183,7 +184,8 @@ def group_by_shape(
             skipped[picture.name] = result
         else:
             groups[result].append(picture)
-    return list(groups.values()), skipped
+    largest_first = sorted(groups, key=math.prod, reverse=True)
+    return [groups[shape] for shape in largest_first], skipped
 
 
 def batches(
@@ -245,12 +247,21 @@ def make_reconstruction(tokenizer: Tokenizer, lpips: dict | None) -> Callable:
     compiled = jax.jit(on_device, compiler_options=compile_options())
 
     def run_batch(raw):
-        results = compiled(tokenizer.variables, lpips, raw)
-        reconstructions, figures, codes = jax.device_get(results)
+        try:
+            results = jax.device_get(compiled(tokenizer.variables, lpips, raw))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            count, height, width = raw.shape[:3]
+            raise DataError(
+                f"{count} images of {width} x {height} pixels at a time are too much for the "
+                "device's memory; set a smaller --batch_size or --resize."
+            ) from error
+        reconstructions, figures, codes = results
+        right = reconstructions if num_labels else to_uint8(reconstructions)
+        pairs = np.concatenate([raw, right], axis=2)
         if num_labels:
-            labels = np.concatenate([raw, reconstructions], axis=2)
-            return label_colors(num_labels)[labels], figures, codes
-        pairs = np.concatenate([raw, to_uint8(reconstructions)], axis=2)
+            return label_colors(num_labels)[pairs], figures, codes
         return np.broadcast_to(pairs, (*pairs.shape[:3], 3)), figures, codes
 
     return run_batch
@@ -261,20 +272,17 @@ def make_reconstruction(tokenizer: Tokenizer, lpips: dict | None) -> Callable:
 
 def describe(picture: Picture, image: np.ndarray, figures: Mapping, row: int) -> dict:
     """A picture's entry in `metrics.json`, from its row of a batch's figures."""
-    entry = {"name": picture.name, "input": picture.origin}
-    entry |= {"height": image.shape[0], "width": image.shape[1]}
+    height, width = image.shape[:2]
+    entry = {"name": picture.name, "input": picture.origin, "height": height, "width": width}
     return entry | {name: float(figures[name][row]) for name in FIGURES if name in figures}
 
 
 def summarize(entries: Sequence[Mapping], code_counts: np.ndarray) -> dict:
     """The means of the figures over all pictures, and how they use the codebook."""
+    names = [name for name in FIGURES if name in entries[0]]
     return {
         "images": len(entries),
-        "means": {
-            name: float(np.mean([entry[name] for entry in entries]))
-            for name in FIGURES
-            if name in entries[0]
-        },
+        "means": {name: float(np.mean([entry[name] for entry in entries])) for name in names},
         "codebook_usage": float(usage(code_counts)),
         "codebook_perplexity": float(perplexity(code_counts)),
     }
@@ -339,9 +347,8 @@ class Progress:
 
 def print_table(summary: Mapping) -> None:
     """The figures of each picture where they are few, their means, and the use of the codebook."""
-    means, entries = summary["means"], summary["pictures"]
-    if len(entries) > TABLE_ROWS:
-        entries = []
+    means = summary["means"]
+    entries = summary["pictures"] if summary["images"] <= TABLE_ROWS else []
     mean = f"mean of {summary['images']}"
     width = max(len(name) for name in [mean, *(entry["name"] for entry in entries)])
 

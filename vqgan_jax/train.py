@@ -7,9 +7,10 @@ command goes on with a run that was stopped.
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from vqgan_jax import commands
+from vqgan_jax.configuration import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
 _WORKDIR = flags.DEFINE_string(
@@ -22,7 +23,10 @@ def main() -> None:
     commands.start_distributed()
     from vqgan_jax.training.loop import train_tokenizer
 
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+    if not isinstance(_CONFIG.value, ConfigDict):
+        raise ConfigError(f"get_config of {path} returns no ConfigDict, but {_CONFIG.value!r}.")
+    name = pathlib.Path(path).stem
     figures = train_tokenizer(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
     for name, value in figures.items():
         print(f"{name:>22}  {value:.4g}")

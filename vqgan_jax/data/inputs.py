@@ -68,7 +68,8 @@ def list_pictures(
             for path, relative in find_files(Path(item).expanduser()):
                 sources.append((relative, str(path), functools.partial(_decode, path, config)))
     if not sources:
-        raise DataError(f"There are no images in {', '.join(inputs)} ({', '.join(SUFFIXES)}).")
+        where = ", ".join(inputs) or "an empty --input"
+        raise DataError(f"There are no images in {where} ({', '.join(SUFFIXES)}).")
     names = unique_names([relative for relative, _, _ in sources], reserved)
     return [
         Picture(

@@ -29,6 +29,15 @@ PUBLISHED_SHA256 = {
     "vgg16": "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
     "alexnet": "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
 }
+# What files raise that are no pickle, or one of something else.
+_NOT_WEIGHTS = (
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
     ("numpy", "ndarray"): np.ndarray,
@@ -68,7 +77,7 @@ def load_lpips(network: ConfigDict, data_dir: str = "") -> dict:
         )
     try:
         return _to_params(_Unpickler(io.BytesIO(content)).load(), backbone)
-    except (pickle.UnpicklingError, KeyError, EOFError, AttributeError, ValueError) as error:
+    except _NOT_WEIGHTS as error:
         raise DataError(f"{path} does not hold LPIPS weights for {backbone}: {error}.") from error
 
 

@@ -6,6 +6,7 @@ and the resolved config. An export is `config.json` and `variables/`: the tokeni
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ from vqgan_jax.training.sharding import path_name
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
 VARIABLES = "variables"
+_WRITE_ERRORS = (OSError, ValueError)  # tensorstore tells of a full disk by a ValueError
 
 
 class CheckpointError(ValueError):
@@ -41,8 +43,10 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         training = self._config.training
 
-        def rank(metrics):  # a checkpoint without an evaluation is never the best
-            return metrics.get(training.best_metric, math.inf)
+        def rank(figures):
+            # Without a perceptual term there is no "lpips"; no evaluation is never the best.
+            stand_in = figures.get("reconstruction_loss", math.inf)
+            return figures.get(training.best_metric, stand_in)
 
         policies = [LatestN(training.keep_latest)]
         if training.keep_best > 0:
@@ -69,11 +73,17 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
-        """Begins to write the state of `step`; a step that is there already stays as it is."""
+        """Begins to write the state of `step`; a step that is there already stays as it is.
+
+        Raises:
+            CheckpointError: there is no room for it, or it or the one before could not be written.
+        """
         if step in self._manager.all_steps():
             return
+        self.wait()
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
+            _check_space(self._directory, state)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -82,7 +92,7 @@ class Checkpoints:
                 ),
                 metrics=metrics or {},
             )
-        except OSError as error:
+        except _WRITE_ERRORS as error:
             raise _write_error(self._directory, error) from error
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
@@ -167,7 +177,7 @@ class Checkpoints:
         """Returns when everything begun is on disk."""
         try:
             self._manager.wait_until_finished()
-        except OSError as error:
+        except _WRITE_ERRORS as error:
             raise _write_error(self._directory, error) from error
 
     def close(self) -> None:
@@ -177,7 +187,7 @@ class Checkpoints:
 
 
 def _first_difference(stored: Any, ours: Any, name: str) -> str:
-    """"model.channels is 32 there and 64 here", for the first key that differs."""
+    """ "model.channels is 32 there and 64 here", for the first key that differs."""
     if isinstance(stored, dict) and isinstance(ours, dict):
         for key in sorted(stored.keys() | ours.keys()):
             if stored.get(key) != ours.get(key):
@@ -191,10 +201,20 @@ def shapes(state: Any) -> dict[str, tuple[int, ...]]:
     return {path_name(path): tuple(leaf.shape) for path, leaf in flat}
 
 
-def _write_error(directory: pathlib.Path, error: OSError) -> CheckpointError:
+def _check_space(directory: pathlib.Path, state: Any) -> None:
+    """Raises `OSError` where a state does not fit, before the writer's threads run into it."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        text = f"it needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free"
+        raise OSError(errno.ENOSPC, text)
+
+
+def _write_error(directory: pathlib.Path, error: Exception) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     return CheckpointError(
-        f"Cannot write a checkpoint to {directory}: {error.strerror or error}. Earlier checkpoints "
-        "are untouched; make room and start the same command again."
+        f"Cannot write a checkpoint to {directory}: {reason[:300].rstrip('.')}. Earlier "
+        "checkpoints are untouched; make room and start the same command again."
     )
 
 
@@ -297,7 +317,9 @@ def _read_config(file: pathlib.Path, path: pathlib.Path) -> ConfigDict:
     try:
         return configuration.from_json(file.read_text())
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: its {file.name} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{path} is damaged: its {file.name} cannot be read: {error}"
+        ) from error
 
 
 def _read_tree(path: pathlib.Path, wanted) -> Any:

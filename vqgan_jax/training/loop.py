@@ -68,6 +68,7 @@ def train_tokenizer(
         config.data.data_dir,
         config.data.image_key,
         config.model.resolution,
+        label_map=config.data.num_labels > 0,
     )
     pictured = evaluation_images(config, training.grid_images)
 

@@ -1,0 +1,198 @@
+"""Real training runs for tests: as processes, as users start them, and what they leave on disk."""
+
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tiny
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "tests" / "tiny_config.py"
+TIMINGS = ("images_per_second", "data_wait")
+TIMEOUT = 600  # seconds for any process; a hang fails instead of standing still
+
+
+def write_inputs(directory):
+    """Smooth random images, 40 to train on and 11 to validate on, and perceptual weights."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("validation", 11)):
+        folder = directory / "images" / split
+        folder.mkdir(parents=True)
+        for i in range(count):
+            small = Image.fromarray(random.integers(0, 256, (6, 6, 3), np.uint8))
+            small.resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{i:03}.png")
+    tiny.write_weights(directory / "alexnet.ckpt", tiny.published_tree("alexnet"))
+
+
+def inputs_environment(directory):
+    """What `tiny_config.py` reads from the environment."""
+    weights = directory / "alexnet.ckpt"
+    return {
+        "VQGAN_JAX_TEST_IMAGES": str(directory / "images"),
+        "VQGAN_JAX_TEST_WEIGHTS": str(weights),
+        "VQGAN_JAX_TEST_SHA256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }
+
+
+def made_once(directory, make):
+    """`directory`, filled by `make(directory)` in the first of all test processes that asks."""
+    with open(directory.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            partial = directory.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            make(partial)
+            partial.rename(directory)
+    return directory
+
+
+def start(workdir, *arguments, devices=1, process=None):
+    """`python -m vqgan_jax.train` in a process of its own.
+
+    `process` is (index, count, port) for one of several processes of a run.
+    """
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+    if process is not None:
+        index, count, port = process
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(index),
+        }
+    command = [sys.executable, "-m", "vqgan_jax.train", f"--config={CONFIG}"]
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """Waits; the exit code, standard output and standard error."""
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    return process.returncode, output, errors
+
+
+def run(workdir, *arguments, **options):
+    """Starts and finishes a run that must succeed; its standard output and error."""
+    code, output, errors = finish(start(workdir, *arguments, **options))
+    assert code == 0, f"exit code {code}\n{output[-2000:]}\n{errors[-4000:]}"
+    return output, errors
+
+
+def fails(workdir, *arguments, **options):
+    """The line that a run ends with, which must be the only one of that kind, without traceback."""
+    code, _, errors = finish(start(workdir, *arguments, **options))
+    assert code == 1, f"exit code {code}\n{errors[-4000:]}"
+    assert "Traceback" not in errors, errors
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and errors.splitlines()[-1] == lines[0], errors
+    return lines[0]
+
+
+def start_several(count, workdir, *arguments, devices):
+    """The processes of one run, with `devices` each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start(workdir, *arguments, devices=devices, process=(index, count, port))
+        for index in range(count)
+    ]
+
+
+def wait_for_step(process, workdir, step):
+    """Returns once the run in `workdir` has logged `step`."""
+    path = workdir / "metrics.jsonl"
+    end = time.monotonic() + TIMEOUT
+    while not path.exists() or f'{{"step": {step},' not in path.read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"step {step} never came"
+        time.sleep(0.01)
+
+
+def _lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics(workdir):
+    """The lines of `metrics.jsonl`, without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in _lines(workdir)]
+
+
+def steps(workdir):
+    """The steps of the checkpoints in a run directory."""
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def state(workdir, step):
+    """All arrays of a checkpoint by path, on the host."""
+    path = workdir / "checkpoints" / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return tiny.leaves(
+            checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        )
+
+
+def copy_until(source, target, step):
+    """A run directory as it was when the checkpoint of `step` was the newest."""
+    shutil.copytree(source, target)
+    for newer in steps(target):
+        if newer > step:
+            shutil.rmtree(target / "checkpoints" / str(newer))
+    (target / "evaluation.json").unlink()
+    kept = [line for line in _lines(target) if line["step"] <= step]
+    (target / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return target
+
+
+def fingerprint(directory):
+    """The content of every file under a directory, to see that nothing changed."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def assert_same_run(workdir, reference, step):
+    """Bit for bit the same metrics and the same final state."""
+    assert metrics(workdir) == metrics(reference)
+    ours, theirs = state(workdir, step), state(reference, step)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+def assert_close_metrics(workdir, reference, relative=1e-3):
+    """Every metric of every step within a relative tolerance."""
+    ours, theirs = metrics(workdir), metrics(reference)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name, value in b.items():
+            np.testing.assert_allclose(
+                a[name], value, rtol=relative, atol=1e-6, err_msg=f"{name} at step {b['step']}"
+            )

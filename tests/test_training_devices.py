@@ -1,0 +1,132 @@
+"""Training is the same computation on one device, on eight, and on two processes."""
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import runs
+from tiny_config import get_config
+
+import vqgan_jax
+from vqgan_jax.data.sources import open_source
+from vqgan_jax.data.transforms import evaluation_transform
+from vqgan_jax.training.loop import train_tokenizer
+
+LAST = 14
+GLOBAL_STATISTICS = ("discriminator/batch_stats/", "generator/codebook/")
+
+
+def without_perceptual(**discriminator):
+    """Ten steps that are adversarial from the first on, without LPIPS, which compile faster."""
+    config = get_config()
+    config.loss.perceptual = 0.0
+    config.discriminator.start = 0
+    config.discriminator.update(discriminator)
+    config.training.num_steps = 10
+    config.training.evaluate_every = 100  # and at the end
+    config.training.checkpoint_every = 100
+    return config
+
+
+def ema_and_act_norm():
+    config = without_perceptual(norm="act", lecam=0.1)
+    config.model.quantizer.update(kind="ema", kmeans_init=True, restart_below=0.95)
+    config.optimizer.ema_decay = 0.99
+    return config
+
+
+def gumbel_and_group_norm():
+    config = without_perceptual(norm="group", refresh_reconstruction=True)
+    config.model.quantizer.kind = "gumbel"
+    config.model.dropout = 0.1
+    return config
+
+
+def assert_close_statistics(workdir, reference, step):
+    """BatchNorm's statistics and the EMA codebook, which each device sees only a part of."""
+    ours, theirs = runs.state(workdir, step), runs.state(reference, step)
+    names = [name for name in theirs if name.startswith(GLOBAL_STATISTICS)]
+    for name in names:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    return names
+
+
+@pytest.mark.parametrize("variant", [ema_and_act_norm, gumbel_and_group_norm])
+def test_eight_devices_compute_what_one_does(run_inputs, tmp_path, variant):
+    for count in (1, 8):
+        train_tokenizer(variant(), tmp_path / str(count), jax.devices()[:count])
+    runs.assert_close_metrics(tmp_path / "8", tmp_path / "1")
+    names = assert_close_statistics(tmp_path / "8", tmp_path / "1", 10)
+    assert len(names) == (3 if variant is ema_and_act_norm else 0)
+
+
+def test_eight_devices_with_batch_norm(reference_run, tmp_path):
+    """The whole run of the reference, with its evaluations of 11 images in batches of 8."""
+    train_tokenizer(get_config(), tmp_path, jax.devices())
+    runs.assert_close_metrics(tmp_path, reference_run)
+    assert len(assert_close_statistics(tmp_path, reference_run, LAST)) == 2
+
+
+def test_two_processes_of_four_devices(reference_run, tmp_path):
+    for process in runs.start_several(2, tmp_path, devices=4):
+        code, _, errors = runs.finish(process)
+        assert code == 0, errors
+    runs.assert_close_metrics(tmp_path, reference_run)
+    assert len(assert_close_statistics(tmp_path, reference_run, LAST)) == 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axis"), [({"data": 1, "fsdp": 8}, "fsdp"), ({"data": 4, "tensor": 2}, "tensor")]
+)
+def test_split_parameters(reference_run, tmp_path, mesh, axis):
+    """A run goes on with kernels and their moments split over an axis of the mesh."""
+    workdir = runs.copy_until(reference_run, tmp_path / "run", 4)
+    config = get_config()
+    config.mesh.update(mesh)
+    config.sharding_rules = ((r"(conv\w*|norm)\d*/kernel$", (axis,)),)
+    train_tokenizer(config, workdir, jax.devices())
+    runs.assert_close_metrics(workdir, reference_run)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        path = workdir / "checkpoints" / str(LAST) / "state"
+        stored = checkpointer.metadata(path).item_metadata.tree
+    adam = stored["generator"]["opt_state"][0]
+    for tree in (stored["generator"]["params"], adam["mu"], adam["nu"]):
+        kernel = tree["decoder"]["conv_in"]["kernel"]
+        assert tuple(kernel.sharding.partition_spec) == (None, None, None, axis)
+
+
+def test_accumulated_gradients(run_inputs, tmp_path):
+    """One batch of 8, or four of 2 before the update; nothing here sees a batch as a whole."""
+    for count in (1, 4):
+        config = without_perceptual(norm="group", adaptive_weight=False)
+        config.optimizer.accumulate = count
+        train_tokenizer(config, tmp_path / str(count), jax.devices()[:1])
+    whole, parts = runs.metrics(tmp_path / "1"), runs.metrics(tmp_path / "4")
+    for a, b in zip(parts, whole, strict=True):
+        assert a.keys() == b.keys()
+        for name, value in b.items():
+            if not name.startswith("batch_codebook/"):  # of a micro-batch
+                np.testing.assert_allclose(a[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def test_evaluation_counts_each_image_once(reference_run):
+    """The figures of the last evaluation, computed again image by image."""
+    figures = runs.metrics(reference_run)[-1]
+    assert figures["step"] == LAST and figures["validation/images"] == 11
+    config = get_config()
+    source = open_source(config.data.name, "validation")
+    transform = evaluation_transform(config, config.model.resolution)
+    tokenizer = vqgan_jax.load(reference_run)
+    l1, l2, seen = [], [], set()
+    for i in range(len(source)):
+        image = transform(source.read(i)["image"])
+        codes = tokenizer.encode(image[None] / np.float32(127.5) - 1)
+        made = np.asarray(tokenizer.decode(codes))[0]
+        made = np.round((np.clip(made, -1, 1) + 1) * 127.5)
+        difference = (made - image) / 127.5
+        l1.append(np.abs(difference).mean())
+        l2.append(np.square(difference).mean())
+        seen |= set(np.asarray(codes).ravel().tolist())
+    assert figures["validation/l1"] == pytest.approx(np.mean(l1), rel=1e-4)
+    assert figures["validation/l2"] == pytest.approx(np.mean(l2), rel=1e-4)
+    assert figures["validation/codebook_usage"] == pytest.approx(len(seen) / 64)
