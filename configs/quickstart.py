@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
     model = config.model
     model.resolution = 64
     model.channels = 32
-    model.channel_multipliers = (1, 2, 2)
+    model.channel_multipliers = (1, 1, 2)
     model.num_res_blocks = 1
     model.attention_resolutions = ()
     model.latent_channels = 64
@@ -29,7 +29,7 @@ def get_config(arg: str = ""):
     config.loss.perceptual_network.backbone = "alexnet"  # 18 times cheaper than VGG16 on a CPU
     config.discriminator.channels = 32
     config.discriminator.num_layers = 2
-    config.discriminator.start = 700
+    config.discriminator.start = 600
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.discriminator_learning_rate = 3e-4
@@ -41,8 +41,8 @@ def get_config(arg: str = ""):
 
     config.data.name = argument.data
     config.training.batch_size = 16
-    config.training.num_steps = 1000
-    config.training.evaluate_every = 250
-    config.training.checkpoint_every = 250
+    config.training.num_steps = 800
+    config.training.evaluate_every = 400
+    config.training.checkpoint_every = 200
     config.training.log_every = 25
     return config

@@ -56,29 +56,32 @@ def _describe(error: Exception, arguments: list[str]) -> str:
         None if chain[-1].__suppress_context__ else chain[-1].__context__
     ):
         chain.append(cause)
-    for cause in chain:
+    for cause in reversed(chain):  # outer ones repeat the inner with a traceback as text
         if isinstance(cause, ConfigError):
             return str(cause)
-    root = chain[-1]
-    if isinstance(root, SyntaxError):
-        return f"{root.filename}, line {root.lineno}: {root.msg}."
+        if isinstance(cause, SyntaxError):
+            return f"{cause.filename}, line {cause.lineno}: {cause.msg}."
 
     values = [argument.partition("--config=")[2] for argument in arguments]
     path = next((value.split(":")[0] for value in values if value), "--config")
-    text = str(root.args[0] if isinstance(root, KeyError) else root)
-    if isinstance(root, OSError) and not root.filename:  # it lists the places looked at
-        text = text.splitlines()[-1]
-    text = re.sub(r" Other fields present: .*(?=\nDid you mean|$)", "", text, flags=re.DOTALL)
-    text = " ".join(text.split())
-    frames = traceback.extract_tb(root.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == path]
-    if lines:
-        return f"{path}, line {lines[-1]}: {type(root).__name__}: {text}"
+    for cause in chain:
+        frames = traceback.extract_tb(cause.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        if lines:
+            return f"{path}, line {lines[-1]}: {type(cause).__name__}: {_first_words(cause)}"
     if isinstance(error, flags.Error):
         return f"{error} See --help."
-    if isinstance(root, (AttributeError, KeyError)) and "get_config" not in text:
-        return f"the config has no key {text}"
-    return f"{path}: {text}"
+    return f"{path}: {type(error).__name__}: {_first_words(error)}"
+
+
+def _first_words(error: Exception) -> str:
+    """An error's text on one line, without the list of all other keys of a config."""
+    text = str(error.args[0]) if error.args else str(error)
+    text = text.replace("\\n", "\n").replace("\\'", "'")  # ml_collections quotes some twice
+    if text.startswith("'") and text.endswith("'"):
+        text = text[1:-1]
+    text = re.sub(r" Other fields present: .*?(?=\nDid you mean|\Z)", "", text, flags=re.DOTALL)
+    return " ".join(text.split())
 
 
 def _fail(message: str) -> None:

@@ -24,6 +24,8 @@ def main() -> None:
     from vqgan_jax.training.loop import train_tokenizer
 
     path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"There is no config file {path!r}.")
     if not isinstance(_CONFIG.value, ConfigDict):
         raise ConfigError(f"get_config of {path} returns no ConfigDict, but {_CONFIG.value!r}.")
     name = pathlib.Path(path).stem

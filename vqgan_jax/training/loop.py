@@ -165,8 +165,10 @@ def train_tokenizer(
             check_finite(step, {"validation/loss": figures["reconstruction_loss"]})
             writer.write(step, {f"validation/{name}": value for name, value in figures.items()})
             images = jax.device_put(pictured, whole)
-            originals = prepare_images(config.data, images)
-            grid = side_by_side(jax.device_get(originals), jax.device_get(picture(variables, images)))
+            pair = jax.device_get(
+                (prepare_images(config.data, images), picture(variables, images))
+            )
+            grid = side_by_side(*pair, enlarge=max(1, 128 // config.model.resolution))
             writer.write_images(step, "reconstructions", grid)
             shown = [f"{name} {figures[name]:.4g}" for name in SHOWN_EVALUATION if name in figures]
             say(f"evaluation at step {step} on {figures['images']:.0f} images:", *shown, flush=True)

@@ -9,7 +9,9 @@ _SEPARATOR = 2  # pixels between pairs; the two of a pair touch, so that a shift
 _BACKGROUND = 255
 
 
-def side_by_side(images: ArrayLike, reconstructions: ArrayLike, columns: int = 4) -> np.ndarray:
+def side_by_side(
+    images: ArrayLike, reconstructions: ArrayLike, columns: int = 4, enlarge: int = 1
+) -> np.ndarray:
     """A grid of pairs, each an input with its reconstruction to the right of it.
 
     Args:
@@ -17,9 +19,11 @@ def side_by_side(images: ArrayLike, reconstructions: ArrayLike, columns: int = 4
             clipped). With any other number: a label map, one-hot, drawn in `label_colors`.
         reconstructions: the same shape; of a label map the logits or probabilities.
         columns: pairs in a row.
+        enlarge: each pixel becomes a square of so many, since small images are hard to see.
 
     Returns:
-        (rows * (H + 2) - 2, columns * (2 * W + 2) - 2, 3) uint8, white where there is no pair.
+        (rows * (H + 2) - 2, columns * (2 * W + 2) - 2, 3) uint8, white where there is no pair; H
+        and W are those of the enlarged images.
 
     Raises:
         ValueError: the shapes differ or are not (B, H, W, C), B is 0, or columns below 1.
@@ -34,6 +38,7 @@ def side_by_side(images: ArrayLike, reconstructions: ArrayLike, columns: int = 4
         raise ValueError(f"A grid needs at least one column of pairs, not {columns}.")
 
     pairs = np.concatenate([_to_rgb(images), _to_rgb(reconstructions)], axis=2)
+    pairs = pairs.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     count, height, width, _ = pairs.shape
     columns = min(columns, count)
     rows = -(-count // columns)
