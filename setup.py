@@ -34,7 +34,13 @@ setup(
         "tensorboardX>=2.6.4",  # writes TensorBoard events without TensorFlow
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scikit-image>=0.24", "scipy>=1.13"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",  # runs tests on all cores
+            "ruff>=0.8",
+            "scikit-image>=0.24",  # independent figures to compare ours with
+            "scipy>=1.13",
+        ],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "wandb": ["wandb>=0.19"],

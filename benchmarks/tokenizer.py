@@ -19,8 +19,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from taming_reference import MissingPackages, TamingReference
 
+from taming_reference import MissingPackages, TamingReference
 from vqgan_jax.configuration import tokenizer_config
 from vqgan_jax.inference import Tokenizer
 from vqgan_jax.interop.taming import state_dict_from_variables

@@ -1,6 +1,6 @@
 """A VQGAN f4 on 64-pixel satellite tiles of the Earth, for two CPU cores.
 
-    python -m vqgan_jax.train --config=configs/quickstart.py
+python -m vqgan_jax.train --config=configs/quickstart.py
 """
 
 from vqgan_jax.configuration import parse_argument, tokenizer_config

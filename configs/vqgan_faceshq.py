@@ -1,4 +1,4 @@
-"""The VQGAN f16 on faces (CelebA-HQ and FFHQ together) of "Taming Transformers" (Esser et al. 2021).
+"""The VQGAN f16 on faces, CelebA-HQ and FFHQ, of "Taming Transformers" (Esser et al. 2021).
 
     python -m vqgan_jax.train --config=configs/vqgan_faceshq.py:folder=PATH
 

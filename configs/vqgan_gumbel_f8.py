@@ -3,9 +3,9 @@
     python -m vqgan_jax.train --config=configs/vqgan_gumbel_f8.py:folder=PATH
 
 The published model was trained on Open Images (PATH: its images, in sub-folders `train` and
-`validation`) and describes the network and the temperature; its description leaves out the loss, so
-the image loss here is that of the f16 model. Its reconstruction FID on ImageNet is 1.49 (the paper's
-table 5). This project has not trained the model to the end.
+`validation`) and describes the network and the temperature; its description leaves out the loss,
+so the image loss here is that of the f16 model. Its reconstruction FID on ImageNet is 1.49 (the
+paper's table 5). This project has not trained the model to the end.
 """
 
 from vqgan_jax.configuration import parse_argument, tokenizer_config

@@ -38,7 +38,6 @@ from vqgan_jax.models.lpips import HEAD_WIDTHS, VGG16_WIDTHS
 from vqgan_jax.training import discriminator_step, generator_step
 from vqgan_jax.training.compilation import compile_options
 from vqgan_jax.training.game import Game
-from vqgan_jax.training.objectives import reconstruction_objective
 from vqgan_jax.training.states import TokenizerState
 
 MODELS = "taming.models.vqgan."
@@ -249,7 +248,8 @@ def replay_training(golden: Mapping[str, np.ndarray], meta: Mapping) -> dict[str
         config,
         {"params": players[1].params, "batch_stats": players[1].batch_stats},
     )
-    results |= {f"final/norm/{k}": np.linalg.norm(np.asarray(v, np.float64)) for k, v in final.items()}
+    for name, value in final.items():
+        results[f"final/norm/{name}"] = np.linalg.norm(np.asarray(value, np.float64))
     reconstructions = game.tokenizer.apply({"params": players[0].params}, batches[0])[0]
     logits = game.discriminator.apply(
         {"params": players[1].params, "batch_stats": players[1].batch_stats}, batches[0]

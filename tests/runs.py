@@ -14,8 +14,9 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tiny
 from PIL import Image
+
+import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "tests" / "tiny_config.py"

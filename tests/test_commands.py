@@ -8,9 +8,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
+import runs
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.training.loop import train_tokenizer

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import tiny
 
+import tiny
 import vqgan_jax
 from vqgan_jax.training.checkpoints import (
     CheckpointError,

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from vqgan_jax.losses import adversarial, quantization, reconstruction
 from vqgan_jax.models.quantizers import Quantized
 from vqgan_jax.training.game import Game

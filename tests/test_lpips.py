@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from vqgan_jax.configuration import tokenizer_config
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.interop.lpips import check_lpips, load_lpips

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from vqgan_jax.configuration import tokenizer_config
 from vqgan_jax.models.autoencoder import Decoder, Encoder, Level
 from vqgan_jax.models.discriminator import ActNorm, BatchNorm, PatchDiscriminator

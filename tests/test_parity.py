@@ -2,8 +2,9 @@ import subprocess
 import sys
 
 import numpy as np
-import parity
 import pytest
+
+import parity
 
 FILES = sorted(parity.GOLDENS.glob("taming_*.npz"))
 

@@ -7,11 +7,11 @@ from pathlib import PurePath
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 from skimage import data as skimage_data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+import tiny
 import vqgan_jax
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.inputs import crop_to_multiple, unique_names

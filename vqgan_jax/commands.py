@@ -117,5 +117,3 @@ def start_distributed() -> None:
         or int(environment.get("SLURM_NTASKS", "1")) > 1
     ):
         jax.distributed.initialize()
-
-

@@ -31,7 +31,7 @@ def vector_quantization(
 
 
 def divergence_from_uniform(logits: jax.Array) -> jax.Array:
-    """KL(q || uniform) = sum_k q_k log(K q_k), mean over positions; q = softmax(logits), `(..., K)`.
+    """KL(q || uniform) = sum_k q_k log(K q_k), mean over positions; q is softmax(logits).
 
     The prior term of a Gumbel-softmax tokenizer (Ramesh et al. 2021, section 2.1).
     """

@@ -94,7 +94,7 @@ class GroupNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """norm, swish, conv, norm, swish, dropout, conv; plus the input (1x1 conv if channels change)."""
+    """Norm, swish, conv, norm, swish, dropout, conv; plus the input (1x1 conv to new channels)."""
 
     features: int
     dropout: float = 0.0
@@ -149,9 +149,9 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return Conv(
-            x.shape[-1], stride=2, padding=((0, 1), (0, 1)), dtype=self.dtype, name="conv"
-        )(x)
+        return Conv(x.shape[-1], stride=2, padding=((0, 1), (0, 1)), dtype=self.dtype, name="conv")(
+            x
+        )
 
 
 class Upsample(nn.Module):

@@ -96,9 +96,7 @@ class LPIPS(nn.Module):
     def __call__(self, images, reconstructions, train: bool = False):
         differences = [
             jnp.square(a - b)
-            for a, b in zip(
-                self._features(images), self._features(reconstructions), strict=True
-            )
+            for a, b in zip(self._features(images), self._features(reconstructions), strict=True)
         ]
         return self.heads(differences, train)
 

@@ -146,9 +146,9 @@ class GumbelQuantizer(nn.Module):
     @nn.compact
     def __call__(self, latents, train: bool = False, temperature=1.0) -> Quantized:
         latents = at_least_float32(latents)
-        logits = Conv(
-            self.codebook_size, kernel_size=1, dtype=latents.dtype, name="projection"
-        )(latents)
+        logits = Conv(self.codebook_size, kernel_size=1, dtype=latents.dtype, name="projection")(
+            latents
+        )
         codebook = self.param(
             "codebook", nn.initializers.normal(1.0), (self.codebook_size, self.code_dim)
         )

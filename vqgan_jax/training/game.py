@@ -1,4 +1,4 @@
-"""The players of stage 1 and what they play with: networks, optimisers and schedules of a config."""
+"""The players of stage 1 and what they play with: networks, optimisers, schedules."""
 
 import dataclasses
 

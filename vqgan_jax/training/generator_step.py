@@ -20,9 +20,7 @@ from vqgan_jax.training.optimizers import update_moving_average
 from vqgan_jax.training.states import TokenizerState, step_key
 
 
-def generator_step(
-    game: Game, state: TokenizerState, images, perceptual_params, *, playing: bool
-):
+def generator_step(game: Game, state: TokenizerState, images, perceptual_params, *, playing: bool):
     """One update of the tokenizer.
 
     Args:
@@ -41,9 +39,7 @@ def generator_step(
 
     def micro_batch(running, images, index):
         images = prepare_images(game.config.data, images)
-        return generator_gradients(
-            game, state, running, images, index, perceptual_params, playing
-        )
+        return generator_gradients(game, state, running, images, index, perceptual_params, playing)
 
     running = Running(generator.codebook, discriminator.batch_stats if discriminator else {})
     running, gradients, metrics, reconstructions = accumulate(

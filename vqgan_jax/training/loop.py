@@ -165,9 +165,7 @@ def train_tokenizer(
             check_finite(step, {"validation/loss": figures["reconstruction_loss"]})
             writer.write(step, {f"validation/{name}": value for name, value in figures.items()})
             images = jax.device_put(pictured, whole)
-            pair = jax.device_get(
-                (prepare_images(config.data, images), picture(variables, images))
-            )
+            pair = jax.device_get((prepare_images(config.data, images), picture(variables, images)))
             grid = side_by_side(*pair, enlarge=max(1, 128 // config.model.resolution))
             writer.write_images(step, "reconstructions", grid)
             shown = [f"{name} {figures[name]:.4g}" for name in SHOWN_EVALUATION if name in figures]

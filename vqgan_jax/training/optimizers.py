@@ -11,9 +11,7 @@ def peak_learning_rate(optimizer: ConfigDict, batch_size: int) -> float:
     return optimizer.learning_rate or optimizer.base_learning_rate * batch_size
 
 
-def learning_rate_schedule(
-    optimizer: ConfigDict, peak: float, num_steps: int
-) -> optax.Schedule:
+def learning_rate_schedule(optimizer: ConfigDict, peak: float, num_steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then constant or cosine down to `end_factor` x peak."""
     warmup_steps = optimizer.warmup_steps
     if optimizer.schedule == "cosine":
@@ -29,9 +27,7 @@ def learning_rate_schedule(
     )
 
 
-def make_optimizer(
-    optimizer: ConfigDict, schedule: optax.Schedule
-) -> optax.GradientTransformation:
+def make_optimizer(optimizer: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clipping, Adam, decoupled weight decay (kernels only), learning rate; in that order."""
     parts = []
     if optimizer.clip_norm > 0:

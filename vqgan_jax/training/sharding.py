@@ -35,9 +35,7 @@ def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
             f"config.mesh {dict(zip(AXES, sizes, strict=True))} uses {int(np.prod(sizes))} of "
             f"{len(devices)} devices; set one axis to -1."
         )
-    return jax.make_mesh(
-        sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def batch_sharding(mesh: Mesh, batch_size: int, name: str = "config.training.batch_size"):
