@@ -20,6 +20,7 @@ def get_config(arg: str = ""):
     model.num_res_blocks = 1
     model.attention_resolutions = ()
     model.latent_channels = 64
+    model.num_groups = 4
     model.quantizer.kind = "ema"
     model.quantizer.codebook_size = 512
     model.quantizer.code_dim = 16
@@ -29,7 +30,8 @@ def get_config(arg: str = ""):
     config.loss.perceptual_network.backbone = "alexnet"  # 18 times cheaper than VGG16 on a CPU
     config.discriminator.channels = 32
     config.discriminator.num_layers = 2
-    config.discriminator.start = 600
+    config.discriminator.start = 350
+    config.discriminator.weight = 0.2
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.discriminator_learning_rate = 3e-4
@@ -41,8 +43,8 @@ def get_config(arg: str = ""):
 
     config.data.name = argument.data
     config.training.batch_size = 16
-    config.training.num_steps = 800
-    config.training.evaluate_every = 400
-    config.training.checkpoint_every = 200
+    config.training.num_steps = 500
+    config.training.evaluate_every = 250
+    config.training.checkpoint_every = 125
     config.training.log_every = 25
     return config

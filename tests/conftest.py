@@ -26,7 +26,7 @@ def shared_directory(tmp_path_factory):
 @pytest.fixture(scope="session")
 def run_inputs(shared_directory):
     """Images and perceptual weights for `tiny_config.py`, which finds them by the environment."""
-    import runs
+    import training_runs as runs
 
     directory = runs.made_once(shared_directory / "inputs", runs.write_inputs)
     with pytest.MonkeyPatch.context() as environment:
@@ -38,6 +38,6 @@ def run_inputs(shared_directory):
 @pytest.fixture(scope="session")
 def reference_run(shared_directory, run_inputs):
     """A run of `tiny_config.py` on one device that nothing interrupted."""
-    import runs
+    import training_runs as runs
 
     return runs.made_once(shared_directory / "reference", runs.run)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import runs
+import training_runs as runs
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.training.loop import train_tokenizer
@@ -106,7 +106,7 @@ def test_help(run_inputs, tmp_path):
         ({"data.resize": -1, "data.name": "folder:SMALL"}, DataError, "too few for a crop of 32"),
         ({"data.resize": 16}, DataError, "config.data.resize is 16"),
         ({"model.resolution": 33}, ConfigError, "factor 2 does not divide; take 32."),
-        ({"model.channels": 40}, ConfigError, "GroupNorm needs multiples of 32"),
+        ({"model.channels": 40}, ConfigError, "num_groups 32 does not divide"),
         ({"model.quantizer.kind": "nearst"}, ConfigError, "one of nearest, ema, gumbel"),
         ({"training.batch_size": 0}, ConfigError, "config.training.batch_size is 0"),
         ({"training.batch_size": 12}, ConfigError, "8 data-parallel devices do not divide"),

@@ -263,7 +263,7 @@ def test_the_yaml_sets_every_key(description):
         ("target", "somewhere.Else", "supported are VQModel"),
         ("params.ddconfig.double_z", True, "ddconfig.double_z is True"),
         ("params.ddconfig.resamp_with_conv", False, "ddconfig.resamp_with_conv is False"),
-        ("params.ddconfig.ch", 20, "multiples of 32"),
+        ("params.ddconfig.ch", 20, "num_groups 32 does not divide"),
         ("params.ddconfig.ch", "many", "ch is 'many'"),
         ("params.ddconfig.ch_mult", 4, "list of whole numbers"),
         ("params.ddconfig.z_channels", None, "z_channels is None"),

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-import runs
+import training_runs as runs
 
 LAST = 14
 

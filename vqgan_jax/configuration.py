@@ -30,6 +30,7 @@ def tokenizer_config() -> ConfigDict:
             num_res_blocks=2,  # a level of the encoder; the decoder has one more
             attention_resolutions=(16,),
             latent_channels=256,
+            num_groups=32,  # of GroupNorm; below 128 channels fewer keep colours better
             dropout=0.0,
             remat=False,  # recompute residual blocks in the backward pass: less memory, more time
         )
@@ -225,6 +226,7 @@ _POSITIVE = (
     "model.resolution",
     "model.channels",
     "model.latent_channels",
+    "model.num_groups",
     "model.quantizer.codebook_size",
     "model.quantizer.code_dim",
     "optimizer.accumulate",
@@ -259,9 +261,9 @@ def validate(config: ConfigDict) -> None:
     )
     for multiplier in model.channel_multipliers:
         _require(
-            model.channels * multiplier % 32 == 0,
+            model.channels * multiplier % model.num_groups == 0,
             f"config.model.channels x channel_multipliers gives {model.channels * multiplier} "
-            "channels; GroupNorm needs multiples of 32.",
+            f"channels, which config.model.num_groups {model.num_groups} does not divide.",
         )
     _require(
         config.loss.binary_cross_entropy == 0 or config.data.num_labels > 0,

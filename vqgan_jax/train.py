@@ -29,9 +29,11 @@ def main() -> None:
     if not isinstance(_CONFIG.value, ConfigDict):
         raise ConfigError(f"get_config of {path} returns no ConfigDict, but {_CONFIG.value!r}.")
     name = pathlib.Path(path).stem
-    figures = train_tokenizer(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
+    workdir = _WORKDIR.value or f"runs/{name}"
+    figures = train_tokenizer(_CONFIG.value, workdir)
     for name, value in figures.items():
         print(f"{name:>22}  {value:.4g}")
+    print(f"Pictures are in {workdir}/images, all figures in {workdir}/metrics.jsonl.")
 
 
 if __name__ == "__main__":

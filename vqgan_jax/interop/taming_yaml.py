@@ -187,6 +187,11 @@ def yaml_from_config(config: ConfigDict) -> dict:
     Raises:
       ConversionError: the reference has no such model.
     """
+    if config.model.num_groups != 32:
+        raise ConversionError(
+            f"The reference's norms have 32 groups; config.model.num_groups is "
+            f"{config.model.num_groups}."
+        )
     if config.data.num_labels and config.model.quantizer.kind == "gumbel":
         raise ConversionError("The reference has no Gumbel quantizer for label maps.")
     options = config.optimizer

@@ -28,6 +28,7 @@ class Level(nn.Module):
     num_blocks: int
     attention: bool
     resample: str = ""
+    num_groups: int = 32
     dropout: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -36,9 +37,11 @@ class Level(nn.Module):
     def __call__(self, x, train: bool = False):
         block = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
         for i in range(self.num_blocks):
-            x = block(self.features, self.dropout, self.dtype, name=f"block_{i}")(x, train)
+            x = block(self.features, self.num_groups, self.dropout, self.dtype, name=f"block_{i}")(
+                x, train
+            )
             if self.attention:
-                x = AttentionBlock(self.dtype, name=f"attention_{i}")(x)
+                x = AttentionBlock(self.num_groups, self.dtype, name=f"attention_{i}")(x)
         if self.resample == "downsample":
             x = Downsample(self.dtype, name="downsample")(x)
         elif self.resample == "upsample":
@@ -49,15 +52,16 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
+    num_groups: int = 32
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        features = x.shape[-1]
-        x = ResidualBlock(features, self.dropout, self.dtype, name="block_1")(x, train)
-        x = AttentionBlock(self.dtype, name="attention_1")(x)
-        return ResidualBlock(features, self.dropout, self.dtype, name="block_2")(x, train)
+        block = (x.shape[-1], self.num_groups, self.dropout, self.dtype)
+        x = ResidualBlock(*block, name="block_1")(x, train)
+        x = AttentionBlock(self.num_groups, self.dtype, name="attention_1")(x)
+        return ResidualBlock(*block, name="block_2")(x, train)
 
 
 class Encoder(nn.Module):
@@ -69,6 +73,7 @@ class Encoder(nn.Module):
     num_res_blocks: int
     attention_resolutions: tuple[int, ...]
     latent_channels: int
+    num_groups: int = 32
     dropout: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -83,13 +88,14 @@ class Encoder(nn.Module):
                 num_blocks=self.num_res_blocks,
                 attention=self.resolution >> i in self.attention_resolutions,
                 resample="downsample" if i < lowest else "",
+                num_groups=self.num_groups,
                 dropout=self.dropout,
                 remat=self.remat,
                 dtype=self.dtype,
                 name=f"down_{i}",
             )(x, train)
-        x = Middle(self.dropout, self.dtype, name="mid")(x, train)
-        x = nn.swish(GroupNorm(dtype=self.dtype, name="norm_out")(x))
+        x = Middle(self.num_groups, self.dropout, self.dtype, name="mid")(x, train)
+        x = nn.swish(GroupNorm(self.num_groups, dtype=self.dtype, name="norm_out")(x))
         return Conv(self.latent_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -106,6 +112,7 @@ class Decoder(nn.Module):
     num_res_blocks: int
     attention_resolutions: tuple[int, ...]
     out_channels: int
+    num_groups: int = 32
     dropout: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -113,20 +120,21 @@ class Decoder(nn.Module):
     def setup(self):
         width = self.channels * self.channel_multipliers[-1]
         self.conv_in = Conv(width, dtype=self.dtype)
-        self.mid = Middle(self.dropout, self.dtype)
+        self.mid = Middle(self.num_groups, self.dropout, self.dtype)
         self.up = [
             Level(
                 features=self.channels * multiplier,
                 num_blocks=self.num_res_blocks + 1,
                 attention=self.resolution >> i in self.attention_resolutions,
                 resample="upsample" if i > 0 else "",
+                num_groups=self.num_groups,
                 dropout=self.dropout,
                 remat=self.remat,
                 dtype=self.dtype,
             )
             for i, multiplier in enumerate(self.channel_multipliers)
         ]
-        self.norm_out = GroupNorm(dtype=self.dtype)
+        self.norm_out = GroupNorm(self.num_groups, dtype=self.dtype)
         self.conv_out = Conv(self.out_channels, dtype=self.dtype)
 
     def features(self, latents, train: bool = False):

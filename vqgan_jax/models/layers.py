@@ -66,6 +66,9 @@ class Conv(nn.Module):
 class GroupNorm(nn.Module):
     """Group normalisation of `(B, H, W, C)`, statistics in float32, epsilon 1e-6.
 
+    A group of one channel loses that channel's mean: images of one colour come out grey where the
+    last norm has as many groups as channels.
+
     Sums run over the positions of a channel first and over a group's channels after: on a CPU this
     is several times as fast as one reduction over both.
     """
@@ -97,14 +100,15 @@ class ResidualBlock(nn.Module):
     """Norm, swish, conv, norm, swish, dropout, conv; plus the input (1x1 conv to new channels)."""
 
     features: int
+    num_groups: int = 32
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        h = nn.swish(GroupNorm(dtype=self.dtype, name="norm1")(x))
+        h = nn.swish(GroupNorm(self.num_groups, dtype=self.dtype, name="norm1")(x))
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
-        h = nn.swish(GroupNorm(dtype=self.dtype, name="norm2")(h))
+        h = nn.swish(GroupNorm(self.num_groups, dtype=self.dtype, name="norm2")(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
@@ -115,12 +119,13 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention with one head over all positions of `(B, h, w, C)`; plus the input."""
 
+    num_groups: int = 32
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
         _, height, width, channels = x.shape
-        h = GroupNorm(dtype=self.dtype, name="norm")(x)
+        h = GroupNorm(self.num_groups, dtype=self.dtype, name="norm")(x)
 
         def project(name):
             y = Conv(channels, kernel_size=1, dtype=self.dtype, name=name)(h)

@@ -28,6 +28,7 @@ class VQGAN(nn.Module):
     attention_resolutions: tuple[int, ...]
     latent_channels: int
     quantizer: Mapping
+    num_groups: int = 32
     dropout: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -39,6 +40,7 @@ class VQGAN(nn.Module):
             channel_multipliers=tuple(self.channel_multipliers),
             num_res_blocks=self.num_res_blocks,
             attention_resolutions=tuple(self.attention_resolutions),
+            num_groups=self.num_groups,
             dropout=self.dropout,
             remat=self.remat,
             dtype=self.dtype,
