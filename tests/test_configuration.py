@@ -132,7 +132,11 @@ def test_defaults_are_the_f16_model_of_the_paper():
         ("model.resolution", 100, "factor 16 does not divide; take 96"),
         ("model.resolution", 8, "take 16"),
         ("model.resolution", 0, "is 0; it must be positive"),
-        ("model.channels", 48, "gives 48 channels, which config.model.num_groups 32 does not divide"),
+        (
+            "model.channels",
+            48,
+            "48 channels, which config.model.num_groups 32",
+        ),
         ("loss.binary_cross_entropy", 1.0, "set config.data.num_labels"),
         ("data.num_labels", 7, "set it to 1"),
         ("model.in_channels", 4, "and out_channels are 4 and 3, and the data has 4 channels"),
