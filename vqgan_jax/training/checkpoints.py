@@ -245,7 +245,7 @@ def write_export(
     try:
         if temporary.exists():
             shutil.rmtree(temporary)  # left by an export that was killed
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)  # a failed one's thread may still be at work
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(temporary / VARIABLES, items)
         (temporary / CONFIG_FILE).write_text(configuration.to_json(config))
