@@ -66,13 +66,6 @@ def test_eight_devices_compute_what_one_does(run_inputs, tmp_path, variant):
     assert len(names) == (3 if variant is ema_and_act_norm else 0)
 
 
-def test_eight_devices_with_batch_norm(reference_run, tmp_path):
-    """The whole run of the reference, with its evaluations of 11 images in batches of 8."""
-    train_tokenizer(get_config(), tmp_path, jax.devices())
-    runs.assert_close_metrics(tmp_path, reference_run)
-    assert len(assert_close_statistics(tmp_path, reference_run, LAST)) == 2
-
-
 def test_two_processes_of_four_devices(reference_run, tmp_path):
     for process in runs.start_several(2, tmp_path, devices=4):
         code, _, errors = runs.finish(process)
@@ -99,20 +92,6 @@ def test_split_parameters(reference_run, tmp_path, mesh, axis):
     for tree in (stored["generator"]["params"], adam["mu"], adam["nu"]):
         kernel = tree["decoder"]["conv_in"]["kernel"]
         assert tuple(kernel.sharding.partition_spec) == (None, None, None, axis)
-
-
-def test_accumulated_gradients(run_inputs, tmp_path):
-    """One batch of 8, or four of 2 before the update; nothing here sees a batch as a whole."""
-    for count in (1, 4):
-        config = without_perceptual(norm="group", adaptive_weight=False)
-        config.optimizer.accumulate = count
-        train_tokenizer(config, tmp_path / str(count), jax.devices()[:1])
-    whole, parts = runs.metrics(tmp_path / "1"), runs.metrics(tmp_path / "4")
-    for a, b in zip(parts, whole, strict=True):
-        assert a.keys() == b.keys()
-        for name, value in b.items():
-            if not name.startswith("batch_codebook/"):  # of a micro-batch
-                np.testing.assert_allclose(a[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
 def test_evaluation_counts_each_image_once(reference_run):

@@ -187,13 +187,26 @@ def assert_same_run(workdir, reference, step):
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
-def assert_close_metrics(workdir, reference, relative=1e-3):
-    """Every metric of every step within a relative tolerance."""
+# Quotients of small gradients: where an activation rounds to the other side of a kink, they move
+# ten times as far as the losses do.
+AMPLIFYING = ("adversarial_weight", "weighted/adversarial", "gradient_norm/", "validation/")
+
+
+def relative_tolerance(name):
+    return 1e-2 if name.startswith(AMPLIFYING) else 1e-3
+
+
+def assert_close_metrics(workdir, reference):
+    """Every loss of every step within 1e-3, what amplifies rounding within 1e-2."""
     ours, theirs = metrics(workdir), metrics(reference)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for name, value in b.items():
             np.testing.assert_allclose(
-                a[name], value, rtol=relative, atol=1e-6, err_msg=f"{name} at step {b['step']}"
+                a[name],
+                value,
+                rtol=relative_tolerance(name),
+                atol=1e-6,
+                err_msg=f"{name} at step {b['step']}",
             )
