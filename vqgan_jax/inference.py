@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from vqgan_jax.configuration import downsampling_factor
 from vqgan_jax.training.checkpoints import CheckpointError, read_variables, shapes
+from vqgan_jax.training.compilation import compile_options
 from vqgan_jax.training.game import make_vqgan
 
 
@@ -85,7 +86,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _encode(self):
-        return jax.jit(functools.partial(self.module.apply, method="encode"))
+        encode = functools.partial(self.module.apply, method="encode")
+        return jax.jit(encode, compiler_options=compile_options())
 
     @functools.cached_property
     def _decode(self):
@@ -95,7 +97,7 @@ class Tokenizer:
             images = self.module.apply(variables, codes, method="decode")
             return images if label_map else jnp.clip(images, -1.0, 1.0)
 
-        return jax.jit(decode)
+        return jax.jit(decode, compiler_options=compile_options())
 
 
 def load(path: str | os.PathLike) -> Tokenizer:

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqgan_jax.models.convolution import convolve
+from vqgan_jax.models.operations import add_bias, convolve, normalize_groups
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -59,7 +59,7 @@ class Conv(nn.Module):
         x = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, padding)
         if self.use_bias:
             bias = self.param("bias", default_init, (self.features,))
-            x = x + bias.astype(self.dtype)
+            x = add_bias(x, bias.astype(self.dtype))
         return x
 
 
@@ -68,9 +68,6 @@ class GroupNorm(nn.Module):
 
     A group of one channel loses that channel's mean: images of one colour come out grey where the
     last norm has as many groups as channels.
-
-    Sums run over the positions of a channel first and over a group's channels after: on a CPU this
-    is several times as fast as one reduction over both.
     """
 
     num_groups: int = 32
@@ -82,18 +79,8 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        x = at_least_float32(x)
-        mean = self._group_mean(jnp.mean(x, axis=(1, 2)))
-        variance = self._group_mean(jnp.mean(jnp.square(x - mean[:, None, None]), axis=(1, 2)))
-        factor = scale * jax.lax.rsqrt(variance + self.epsilon)
-        shift = bias - mean * factor
-        return (x * factor[:, None, None] + shift[:, None, None]).astype(self.dtype)
-
-    def _group_mean(self, per_channel):
-        """`(B, C)` -> `(B, C)`: every channel gets the mean of its group."""
-        groups = einops.rearrange(per_channel, "b (g c) -> b g c", g=self.num_groups)
-        mean = jnp.broadcast_to(groups.mean(axis=-1, keepdims=True), groups.shape)
-        return einops.rearrange(mean, "b g c -> b (g c)")
+        x = normalize_groups(at_least_float32(x), scale, bias, self.num_groups, self.epsilon)
+        return x.astype(self.dtype)
 
 
 class ResidualBlock(nn.Module):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vqgan_jax.models.layers import Conv, at_least_float32
+from vqgan_jax.models.operations import max_pool
 
 # Mean and deviation of ImageNet's pixels, moved from [0, 1] to [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
@@ -36,7 +37,7 @@ class VGG16(nn.Module):
         features, index = [], 0
         for i, widths in enumerate(VGG16_WIDTHS):
             if i > 0:
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+                x = max_pool(x)
             for width in widths:
                 x = nn.relu(Conv(width, dtype=self.dtype, name=f"conv_{index}")(x))
                 index += 1
