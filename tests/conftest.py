@@ -41,3 +41,24 @@ def reference_run(shared_directory, run_inputs):
     import training_runs as runs
 
     return runs.made_once(shared_directory / "reference", runs.run)
+
+
+@pytest.fixture(scope="session")
+def reference_run_in_float64(shared_directory, run_inputs):
+    """The same in double precision, which runs on several devices are compared with."""
+    import training_runs as runs
+
+    def make(directory):
+        runs.run(directory, dtype="float64")
+
+    return runs.made_once(shared_directory / "reference_in_float64", make)
+
+
+@pytest.fixture
+def float64():
+    """Double precision within the test, in all threads."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)

@@ -18,12 +18,6 @@ PADDINGS = {
 SHAPES = [(2, 5, 7, 3, 4), (1, 8, 6, 2, 5), (3, 4, 4, 1, 1)]  # B, H, W, I, O
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def normal(seed, shape, dtype=np.float64):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 

@@ -150,26 +150,6 @@ def test_write_that_fails_half_way(reference_run, interrupted):
     runs.assert_same_run(interrupted, reference_run, LAST)
 
 
-def test_several_devices_go_on(reference_run, interrupted):
-    output, _ = runs.run(interrupted, devices=4)
-    assert "Going on from step 4 " in output
-    runs.assert_close_metrics(interrupted, reference_run)
-
-
-def test_several_processes_go_on_and_stop_together(reference_run, interrupted):
-    processes = runs.start_several(2, interrupted, devices=2)
-    runs.wait_for_step(processes[0], interrupted, 6)
-    processes[1].send_signal(signal.SIGTERM)  # one of them is told; both stop, at the same step
-    for process in processes:
-        code, _, errors = runs.finish(process)
-        assert code == 75, errors
-    assert 6 <= runs.steps(interrupted)[-1] < LAST
-    for process in runs.start_several(2, interrupted, devices=2):
-        code, _, errors = runs.finish(process)
-        assert code == 0, errors
-    runs.assert_close_metrics(interrupted, reference_run)
-
-
 def truncate_largest_file(directory):
     """Cuts the file that holds most of the checkpoint's arrays to half its size."""
     files = [path for path in directory.rglob("*") if path.is_file()]

@@ -9,10 +9,9 @@ from vqgan_jax.configuration import tokenizer_config
 
 
 def get_config(arg: str = ""):
-    """The config; `arg` is not used."""
-    del arg
+    """The config; `arg` is the dtype of the computation, float32 unless it says float64."""
     config = tokenizer_config()
-    config.model.dtype = "float32"
+    config.model.dtype = arg or "float32"
     config.model.resolution = 32
     config.model.channels = 32
     config.model.channel_multipliers = (1, 1)

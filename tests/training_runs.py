@@ -59,7 +59,7 @@ def made_once(directory, make):
     return directory
 
 
-def start(workdir, *arguments, devices=1, process=None):
+def start(workdir, *arguments, devices=1, process=None, dtype="float32"):
     """`python -m vqgan_jax.train` in a process of its own.
 
     `process` is (index, count, port) for one of several processes of a run.
@@ -67,6 +67,7 @@ def start(workdir, *arguments, devices=1, process=None):
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
+        "JAX_ENABLE_X64": str(int(dtype == "float64")),
     }
     if process is not None:
         index, count, port = process
@@ -75,7 +76,7 @@ def start(workdir, *arguments, devices=1, process=None):
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(index),
         }
-    command = [sys.executable, "-m", "vqgan_jax.train", f"--config={CONFIG}"]
+    command = [sys.executable, "-m", "vqgan_jax.train", f"--config={CONFIG}:{dtype}"]
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *arguments],
         env=environment,
@@ -111,13 +112,13 @@ def fails(workdir, *arguments, **options):
     return lines[0]
 
 
-def start_several(count, workdir, *arguments, devices):
-    """The processes of one run, with `devices` each."""
+def start_several(count, workdir, *arguments, **options):
+    """The processes of one run; `options` as of `start`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [
-        start(workdir, *arguments, devices=devices, process=(index, count, port))
+        start(workdir, *arguments, process=(index, count, port), **options)
         for index in range(count)
     ]
 
@@ -187,26 +188,18 @@ def assert_same_run(workdir, reference, step):
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
-# Quotients of small gradients: where an activation rounds to the other side of a kink, they move
-# ten times as far as the losses do.
-AMPLIFYING = ("adversarial_weight", "weighted/adversarial", "gradient_norm/", "validation/")
+def assert_close_metrics(workdir, reference, ignored=()):
+    """Every metric of every step but the groups `ignored`, for runs in float64.
 
-
-def relative_tolerance(name):
-    return 1e-2 if name.startswith(AMPLIFYING) else 1e-3
-
-
-def assert_close_metrics(workdir, reference):
-    """Every loss of every step within 1e-3, what amplifies rounding within 1e-2."""
+    In float32, rounding decides now and then on which side of a kink an activation lies, and what
+    depends on it moves by 1e-3 and more. In float64 nothing but a defect does that.
+    """
     ours, theirs = metrics(workdir), metrics(reference)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for name, value in b.items():
-            np.testing.assert_allclose(
-                a[name],
-                value,
-                rtol=relative_tolerance(name),
-                atol=1e-6,
-                err_msg=f"{name} at step {b['step']}",
-            )
+            if name.split("/")[0] not in ignored:
+                np.testing.assert_allclose(
+                    a[name], value, rtol=1e-5, atol=1e-8, err_msg=f"{name} at step {b['step']}"
+                )

@@ -6,6 +6,7 @@ config is locked and typed, so a misspelt key or an ill-typed value is an error 
 
 import json
 
+import jax
 from ml_collections import ConfigDict
 
 
@@ -21,7 +22,7 @@ def tokenizer_config() -> ConfigDict:
 
     config.model = ConfigDict(
         dict(
-            dtype="auto",  # of the computation: "float32", "bfloat16"; auto = by the backend
+            dtype="auto",  # of the computation: "float32", "bfloat16", "float64"; auto = by backend
             resolution=256,  # nominal; attention_resolutions refer to it, other sizes work too
             in_channels=3,
             out_channels=3,
@@ -243,7 +244,12 @@ _POSITIVE = (
 def validate(config: ConfigDict) -> None:
     """Raises `ConfigError` for values that cannot work, before anything compiles."""
     _one_of(config, "model.quantizer.kind", "nearest", "ema", "gumbel")
-    _one_of(config, "model.dtype", "auto", "float32", "bfloat16")
+    _one_of(config, "model.dtype", "auto", "float32", "bfloat16", "float64")
+    _require(
+        config.model.dtype != "float64" or jax.config.jax_enable_x64,
+        "config.model.dtype is float64, which JAX computes only with JAX_ENABLE_X64=1 in the "
+        "environment.",
+    )
     _one_of(config, "discriminator.norm", "batch", "act", "group")
     _one_of(config, "discriminator.loss", "hinge", "vanilla", "non_saturating")
     _one_of(config, "loss.perceptual_network.backbone", "vgg16", "alexnet")
