@@ -90,6 +90,7 @@ def test_bad_commands_write_nothing(command_results):
 
 def test_help(run_inputs, tmp_path):
     result = train(tmp_path, ["--help"])
+    assert result.returncode == 0
     assert "--workdir" in result.stdout and "runs/NAME" in result.stdout
     assert "The same\ncommand goes on" in result.stdout
     assert result.stderr == ""

@@ -42,13 +42,13 @@ def test_one_channel_is_gray():
     np.testing.assert_array_equal(grid, np.repeat(grid[..., :1], 3, axis=-1))
 
 
-@pytest.mark.parametrize("num_labels", [2, 7, 183])
+@pytest.mark.parametrize("num_labels", [1, 2, 3, 183])
 def test_label_maps_have_their_colors(num_labels):
     generator = np.random.default_rng(1)
     labels = generator.integers(0, num_labels, (2, 8, 8))
     predicted = generator.integers(0, num_labels, (2, 8, 8))
     logits = generator.normal(size=(2, 8, 8, num_labels)) + 20 * np.eye(num_labels)[predicted]
-    grid = side_by_side(np.eye(num_labels)[labels], logits, columns=1)
+    grid = side_by_side(np.eye(num_labels)[labels], logits, columns=1, label_maps=True)
     colors = label_colors(num_labels)
     np.testing.assert_array_equal(grid[10:, :8], colors[labels[1]])
     np.testing.assert_array_equal(grid[10:, 8:], colors[predicted[1]])
@@ -79,3 +79,5 @@ def test_bad_grids_are_errors():
         side_by_side(images[:0], images[:0])
     with pytest.raises(ValueError, match="at least one column"):
         side_by_side(images, images, columns=0)
+    with pytest.raises(ValueError, match="1 or 3 channels, not 2"):
+        side_by_side(images[..., :2], images[..., :2])

@@ -143,8 +143,7 @@ def test_write_that_fails_half_way(reference_run, interrupted):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**18, 2**18))
     code, _, errors = runs.finish(process)
     assert code == 1
-    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Cannot write a checkpoint to" in lines[0]
+    assert errors.startswith("error: Cannot write a checkpoint to") and errors.count("\n") == 1
     assert before.items() <= runs.fingerprint(interrupted / "checkpoints").items()
     runs.run(interrupted)
     runs.assert_same_run(interrupted, reference_run, LAST)

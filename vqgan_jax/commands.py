@@ -45,6 +45,8 @@ def run(main: Callable[[], None]) -> None:
 def _parse(arguments):
     try:
         return flags.FLAGS(arguments)
+    except SystemExit:  # absl has shown the help, and would end with an error's exit code
+        sys.exit(0)
     except Exception as error:  # a config file is a program and can raise anything
         _fail(_describe(error, arguments))
 
@@ -90,11 +92,23 @@ def _fail(message: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps other libraries' progress notes off the terminal; their warnings stay."""
+    """Keeps other libraries' progress notes off the terminal; their warnings stay.
+
+    A checkpoint that cannot be written ends with our one line: the threads of its writer raise what
+    they log, so their log's tracebacks, hundreds of lines, say nothing more.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     for name in ("absl", "orbax", "jax", "array_record"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    absl.logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
+    sys.unraisablehook = _unraisablehook
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def _unraisablehook(unraisable):
+    """Silent on futures of a checkpoint's writer that has failed and gone."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def start_distributed() -> None:

@@ -85,8 +85,8 @@ def config_from_yaml(source: Mapping | str | os.PathLike) -> ConfigDict:
     """A full config from the reference's description of a model.
 
     The reference's loss has no weight for the L1 term and always the legacy codebook loss; both
-    are the defaults here. A model without
-    a training loss (`DummyLoss`) becomes a config without a discriminator.
+    are the defaults here. A model without a training loss (`DummyLoss`) becomes a config without a
+    discriminator.
 
     Args:
       source: a yaml file or what is in it: a whole project, or the `model` part alone.

@@ -166,7 +166,11 @@ def train_tokenizer(
             writer.write(step, {f"validation/{name}": value for name, value in figures.items()})
             images = jax.device_put(pictured, whole)
             pair = jax.device_get((prepare_images(config.data, images), picture(variables, images)))
-            grid = side_by_side(*pair, enlarge=max(1, 128 // config.model.resolution))
+            grid = side_by_side(
+                *pair,
+                enlarge=max(1, 128 // config.model.resolution),
+                label_maps=config.data.num_labels > 0,
+            )
             writer.write_images(step, "reconstructions", grid)
             shown = [f"{name} {figures[name]:.4g}" for name in SHOWN_EVALUATION if name in figures]
             say(f"evaluation at step {step} on {figures['images']:.0f} images:", *shown, flush=True)

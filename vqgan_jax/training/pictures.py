@@ -10,23 +10,28 @@ _BACKGROUND = 255
 
 
 def side_by_side(
-    images: ArrayLike, reconstructions: ArrayLike, columns: int = 4, enlarge: int = 1
+    images: ArrayLike,
+    reconstructions: ArrayLike,
+    columns: int = 4,
+    enlarge: int = 1,
+    label_maps: bool = False,
 ) -> np.ndarray:
     """A grid of pairs, each an input with its reconstruction to the right of it.
 
     Args:
-        images: (B, H, W, C). With 1 or 3 channels: intensities in [-1, 1] (values outside are
-            clipped). With any other number: a label map, one-hot, drawn in `label_colors`.
-        reconstructions: the same shape; of a label map the logits or probabilities.
+        images: (B, H, W, C): gray or RGB in [-1, 1], where values outside are clipped, or one-hot.
+        reconstructions: the same shape; of label maps the logits or probabilities.
         columns: pairs in a row.
         enlarge: each pixel becomes a square of so many, since small images are hard to see.
+        label_maps: channels are labels, drawn in `label_colors`.
 
     Returns:
         (rows * (H + 2) - 2, columns * (2 * W + 2) - 2, 3) uint8, white where there is no pair; H
         and W are those of the enlarged images.
 
     Raises:
-        ValueError: the shapes differ or are not (B, H, W, C), B is 0, or columns below 1.
+        ValueError: the shapes differ or are not (B, H, W, C), B is 0, columns below 1, or images
+            are neither gray nor RGB.
     """
     images, reconstructions = np.asarray(images), np.asarray(reconstructions)
     if images.ndim != 4 or images.shape != reconstructions.shape or len(images) == 0:
@@ -37,7 +42,11 @@ def side_by_side(
     if columns < 1:
         raise ValueError(f"A grid needs at least one column of pairs, not {columns}.")
 
-    pairs = np.concatenate([_to_rgb(images), _to_rgb(reconstructions)], axis=2)
+    if not label_maps and images.shape[-1] not in (1, 3):
+        raise ValueError(f"Images have 1 or 3 channels, not {images.shape[-1]}.")
+
+    to_rgb = _labels_to_rgb if label_maps else _intensities_to_rgb
+    pairs = np.concatenate([to_rgb(images), to_rgb(reconstructions)], axis=2)
     pairs = pairs.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     count, height, width, _ = pairs.shape
     columns = min(columns, count)
@@ -83,11 +92,13 @@ def label_colors(n: int) -> np.ndarray:
     return colors
 
 
-def _to_rgb(images: np.ndarray) -> np.ndarray:
-    """(B, H, W, C) intensities or label scores -> (B, H, W, 3) uint8."""
-    channels = images.shape[-1]
-    if channels not in (1, 3):
-        return label_colors(channels)[np.argmax(images, axis=-1)]
+def _labels_to_rgb(scores: np.ndarray) -> np.ndarray:
+    """(B, H, W, C) scores of labels -> (B, H, W, 3) uint8."""
+    return label_colors(scores.shape[-1])[np.argmax(scores, axis=-1)]
+
+
+def _intensities_to_rgb(images: np.ndarray) -> np.ndarray:
+    """(B, H, W, 1 or 3) in [-1, 1] -> (B, H, W, 3) uint8."""
     levels = np.round((np.clip(images.astype(np.float32), -1.0, 1.0) + 1.0) * 127.5)
     return np.broadcast_to(levels.astype(np.uint8), (*images.shape[:3], 3))
 
