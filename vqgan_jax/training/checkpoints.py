@@ -212,7 +212,8 @@ def _check_space(directory: pathlib.Path, state: Any) -> None:
 
 def _write_error(directory: pathlib.Path, error: Exception) -> CheckpointError:
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    reason = reason.partition(" [os_error_code=")[0].rpartition(": ")[2]  # tensorstore's is long
+    if " [os_error_code=" in reason:  # tensorstore's, with all that it was doing in front
+        reason = reason.partition(" [os_error_code=")[0].rpartition(": ")[2]
     return CheckpointError(
         f"Cannot write a checkpoint to {directory}: {reason[:300].rstrip('.')}. Earlier "
         "checkpoints are untouched; make room and start the same command again."
