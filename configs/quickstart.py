@@ -30,7 +30,7 @@ def get_config(arg: str = ""):
     config.loss.perceptual_network.backbone = "alexnet"  # 18 times cheaper than VGG16 on a CPU
     config.discriminator.channels = 32
     config.discriminator.num_layers = 2
-    config.discriminator.start = 350
+    config.discriminator.start = 500
     config.discriminator.weight = 0.2
 
     config.optimizer.learning_rate = 1e-3
@@ -43,8 +43,8 @@ def get_config(arg: str = ""):
 
     config.data.name = argument.data
     config.training.batch_size = 16
-    config.training.num_steps = 500
-    config.training.evaluate_every = 250
-    config.training.checkpoint_every = 125
+    config.training.num_steps = 700
+    config.training.evaluate_every = 350
+    config.training.checkpoint_every = 175
     config.training.log_every = 25
     return config
