@@ -135,6 +135,33 @@ def global_array(
     return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, part)
 
 
+def read_batches(
+    elements: grain.MapDataset, batch_size: int, data: ConfigDict
+) -> grain.IterDataset:
+    """Elements in order and stacked to batches, read by threads or processes.
+
+    Args:
+      elements: what to read; picklable where it is read by processes.
+      batch_size: elements a batch.
+      data: uses `threads` and `processes`.
+    """
+    if data.processes:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads its own flags, in a notebook too
+        # Worker processes take turns, so what they hand over must be whole batches.
+        batches = elements.batch(batch_size).to_iter_dataset(grain.ReadOptions(1, 1))
+        # Through pipes, not shared memory: that is unmapped once grain drops its array, while JAX
+        # on a CPU may still use it without a copy.
+        piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        batches = grain.experimental.WithOptionsIterDataset(batches, piped)
+        return batches.mp_prefetch(
+            grain.MultiprocessingOptions(data.processes, per_worker_buffer_size=1)
+        )
+    ahead = max(2 * batch_size, data.threads)
+    read_options = grain.ReadOptions(data.threads, prefetch_buffer_size=ahead)
+    return elements.to_iter_dataset(read_options).batch(batch_size)
+
+
 class DamageCount:
     """Damaged images that turned up so far; warns of each and stops at too many."""
 
@@ -212,19 +239,4 @@ def _global_batches(
         return jax.tree.map(lambda values: global_array(values, rows, sharding, batch_size), batch)
 
     elements = grain.MapDataset.source(RowsOfBatches(order, rows, batch_size, start_step))
-    if data.processes:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain reads its own flags, in a notebook too
-        # Worker processes take turns, so what they hand over must be whole batches.
-        batches = elements.batch(len(rows)).to_iter_dataset(grain.ReadOptions(1, 1))
-        # Through pipes, not shared memory: that is unmapped once grain drops its array, while JAX
-        # on a CPU may still use it without a copy.
-        piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-        batches = grain.experimental.WithOptionsIterDataset(batches, piped).mp_prefetch(
-            grain.MultiprocessingOptions(data.processes, per_worker_buffer_size=1)
-        )
-    else:
-        ahead = max(2 * len(rows), data.threads)
-        read_options = grain.ReadOptions(data.threads, prefetch_buffer_size=ahead)
-        batches = elements.to_iter_dataset(read_options).batch(len(rows))
-    return batches.map(put)
+    return read_batches(elements, len(rows), data).map(put)

@@ -1,0 +1,203 @@
+"""What a directory of codes holds and how it was made: `manifest.json`, and the shards' names.
+
+A directory has for each shard `codes-00000-of-00016.npy`, (n, augmentations, h * w) uint16 or
+uint32, and `labels-00000-of-00016.npy`, (n,) int32, and for all of them `manifest.json`. Nothing in
+them depends on when, where and on how many machines they were made.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from vqgan_jax.data.errors import DataError
+
+FORMAT, VERSION = "vqgan_jax codes", 1
+MANIFEST = "manifest.json"
+PARTIAL = "partial"  # the folder of a pass that is under way
+
+
+@dataclasses.dataclass(frozen=True)
+class CodesInfo:
+    """The facts that determine every code of a pass over a split.
+
+    Attributes:
+      dataset: name as `data.sources.open_source` takes it.
+      split: of the data set.
+      image_key: the feature that holds the images.
+      count: number of images.
+      class_names: None where images have no classes.
+      resolution: side of the images in pixels.
+      resize: shorter side before the crop; -1 = pixels as they were.
+      augmentations: names of the views, the centre first.
+      grid: (h, w) of the codes of a view.
+      codebook_size: number of codes.
+      fingerprint: of the tokenizer.
+      dtype: of the tokenizer's computation, which rounding depends on.
+      images_per_shard: of all shards but the last.
+    """
+
+    dataset: str
+    split: str
+    image_key: str
+    count: int
+    class_names: tuple[str, ...] | None
+    resolution: int
+    resize: int
+    augmentations: tuple[str, ...]
+    grid: tuple[int, int]
+    codebook_size: int
+    fingerprint: str
+    dtype: str
+    images_per_shard: int
+
+    @property
+    def code_dtype(self) -> np.dtype:
+        """The smallest of uint16 and uint32 that has every code."""
+        return np.dtype(np.uint16 if self.codebook_size <= 2**16 else np.uint32)
+
+    @property
+    def num_classes(self) -> int:
+        """0 where images have no classes."""
+        return len(self.class_names or ())
+
+    @property
+    def num_shards(self) -> int:
+        """A number that depends on the images alone."""
+        return -(-self.count // self.images_per_shard)
+
+    def images_of(self, shard: int) -> range:
+        """The indices of a shard's images."""
+        first = shard * self.images_per_shard
+        return range(first, min(first + self.images_per_shard, self.count))
+
+    def codes_shape(self, shard: int) -> tuple[int, int, int]:
+        """(n, augmentations, h * w)."""
+        return len(self.images_of(shard)), len(self.augmentations), self.grid[0] * self.grid[1]
+
+    def file_names(self, shard: int) -> dict[str, str]:
+        """The files of a shard: `codes` and `labels`."""
+        return {
+            kind: f"{kind}-{shard:05}-of-{self.num_shards:05}.npy" for kind in ("codes", "labels")
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a manifest."""
+        return {"format": FORMAT, "version": VERSION} | dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], path: pathlib.Path) -> "CodesInfo":
+        """What `to_json` made.
+
+        Raises:
+          DataError: for another format or version, or missing values; it names the file `path`.
+        """
+        if values.get("format") != FORMAT:
+            raise DataError(f"{path} describes no codes of vqgan_jax.")
+        if values.get("version") != VERSION:
+            raise DataError(
+                f"{path} has the format's version {values.get('version')}; this program reads "
+                f"version {VERSION}. Make the codes again, or use the program they were made with."
+            )
+        try:
+            found = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+            for name in ("class_names", "augmentations", "grid"):
+                found[name] = None if found[name] is None else tuple(found[name])
+            return cls(**found)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged: {error}.") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRecord:
+    """What is recorded of a shard that is on disk.
+
+    Attributes:
+      codes: file name.
+      codes_sha256: of the file.
+      labels: file name.
+      labels_sha256: of the file.
+      n: number of images.
+      replaced: indices of damaged images, in whose place the next readable one is.
+    """
+
+    codes: str
+    codes_sha256: str
+    labels: str
+    labels_sha256: str
+    n: int
+    replaced: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """All that `manifest.json` says."""
+
+    info: CodesInfo
+    shards: tuple[ShardRecord, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return self.info.to_json() | {"shards": [dataclasses.asdict(s) for s in self.shards]}
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file; `DataError` where there is none in it."""
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}.") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is damaged: it holds no JSON object.")
+    return values
+
+
+def read_record(values: Any, path: pathlib.Path) -> ShardRecord:
+    """What is recorded of a shard; `DataError` for anything else, which names the file `path`."""
+    try:
+        return ShardRecord(**values | {"replaced": tuple(values["replaced"])})
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: {error}.") from error
+
+
+def read_manifest(directory: pathlib.Path) -> Manifest:
+    """The manifest of a directory of codes.
+
+    Raises:
+      DataError: there is none, because the pass is not finished or the directory is another; or it
+        is damaged or of another version.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        raise DataError(_without_manifest(directory))
+    values = read_json(path)
+    info = CodesInfo.from_json(values, path)
+    if not isinstance(values.get("shards"), list) or len(values["shards"]) != info.num_shards:
+        raise DataError(f"{path} is damaged: it does not list its {info.num_shards} shards.")
+    return Manifest(info, tuple(read_record(shard, path) for shard in values["shards"]))
+
+
+def _without_manifest(directory: pathlib.Path) -> str:
+    if not directory.is_dir():
+        return f"There is no directory {directory}."
+    if (directory / PARTIAL).is_dir():
+        return (
+            f"The codes in {directory} are not complete: the pass is not finished. Run the same "
+            "tokenize command again; it goes on where it stopped."
+        )
+    splits = ", ".join(path.name for path in find_codes(directory))
+    below = f" Choose one below it: {splits}." if splits else ""
+    return f"{directory} holds no codes: it has no {MANIFEST}.{below}"
+
+
+def find_codes(directory: pathlib.Path) -> list[pathlib.Path]:
+    """`directory` itself where it holds codes, complete or not; else those below that do."""
+
+    def holds_codes(path: pathlib.Path) -> bool:
+        return (path / MANIFEST).exists() or (path / PARTIAL).is_dir()
+
+    if holds_codes(directory):
+        return [directory]
+    return sorted(filter(holds_codes, directory.iterdir())) if directory.is_dir() else []

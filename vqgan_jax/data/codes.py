@@ -1,0 +1,234 @@
+"""Codes from disk: random access to whole batches, the same on any number of hosts.
+
+Batch `step` is a pure function of (seed, step): places of an endless order that has its own
+permutation of the images in every pass, and of each image one of its augmentations at random. It
+is gathered from files that are mapped into memory, so nothing is loaded before it is needed.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from vqgan_jax.data.code_manifest import CodesInfo, Manifest, ShardRecord, read_manifest
+from vqgan_jax.data.errors import DataError
+
+_ORDER, _AUGMENTATION = 0, 1  # streams of random numbers
+
+
+def open_codes(directory: str | os.PathLike, verify: bool = False) -> "Codes":
+    """The codes of one split.
+
+    Args:
+      directory: has `manifest.json`, as `python -m vqgan_jax.tokenize` leaves it.
+      verify: read every file once and compare its SHA-256 and its codes' range.
+
+    Raises:
+      DataError: there are no complete codes, a file is missing or of another shape, a label is out
+        of range; with `verify`, anything in a file is not as it was written.
+    """
+    directory = pathlib.Path(directory).expanduser()
+    manifest = read_manifest(directory)
+    if verify and (damaged := damaged_files(directory, manifest)):
+        raise DataError(
+            f"{len(damaged)} of the files in {directory} are damaged: {' '.join(damaged)} Delete "
+            "them and run the same tokenize command again; it makes only these anew."
+        )
+    return Codes(directory, manifest)
+
+
+class Codes:
+    """The codes of one split.
+
+    Attributes:
+      directory: where they are.
+      info: all that is known of them, `CodesInfo`.
+      grid: (h, w) of the codes of an image.
+      codebook_size: number of codes.
+      fingerprint: of the tokenizer.
+      num_classes: 0 where images have no classes.
+      class_names: None where images have no classes.
+      labels: int32 (N,), -1 for an image without class.
+      num_replaced: damaged images, in whose place the next readable one is.
+    """
+
+    def __init__(self, directory: pathlib.Path, manifest: Manifest) -> None:
+        """Maps the files into memory; for the errors see `open_codes`."""
+        info = manifest.info
+        self.directory, self.info = directory, info
+        self.grid, self.codebook_size = info.grid, info.codebook_size
+        self.fingerprint = info.fingerprint
+        self.num_classes, self.class_names = info.num_classes, info.class_names
+        self.num_replaced = sum(len(shard.replaced) for shard in manifest.shards)
+        shards = [map_shard(directory, info, shard) for shard in range(info.num_shards)]
+        length = self.grid[0] * self.grid[1]
+        self._sequences = [codes.reshape(-1, length) for codes, _ in shards]
+        self.labels = np.concatenate([labels for _, labels in shards])
+        lowest, highest = self.labels.min(), self.labels.max()
+        if lowest < -1 or highest >= info.num_classes:
+            raise DataError(
+                f"{directory} has labels from {lowest} to {highest}, but its manifest names "
+                f"{info.num_classes} classes. Look for damage with python -m vqgan_jax.tokenize "
+                f"--verify={directory}."
+            )
+        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return self.info.count
+
+    def batch(
+        self, seed: int, step: int, batch_size: int, rows: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Batch number `step` of the training order.
+
+        Args:
+          seed: of the order.
+          step: from 0 on.
+          batch_size: sequences of the batch on all hosts together.
+          rows: those of the batch that this host wants; None for all.
+
+        Returns:
+          `codes`, int32 (rows, h * w), and `label`, int32 (rows,), -1 where there is none.
+        """
+        rows = np.arange(batch_size) if rows is None else rows
+        passes, places = np.divmod(step * batch_size + rows, len(self))
+        images = np.empty(len(rows), np.int64)
+        for number in np.unique(passes):
+            chosen = passes == number
+            images[chosen] = self._order(seed, int(number))[places[chosen]]
+        drawn = _random_bits(batch_size, seed, _AUGMENTATION, step)[rows]
+        augmentations = (drawn % len(self.info.augmentations)).astype(np.int64)
+        return {"codes": self.gather(images, augmentations), "label": self.labels[images]}
+
+    def gather(self, images: np.ndarray, augmentations: np.ndarray | int = 0) -> np.ndarray:
+        """The codes of images by index, each in one augmentation: int32 (len(images), h * w)."""
+        shards, places = np.divmod(images, self.info.images_per_shard)
+        places = places * len(self.info.augmentations) + augmentations
+        order = np.argsort(shards, kind="stable")
+        by_shard = shards[order]
+        starts = np.flatnonzero(np.diff(by_shard, prepend=-1))
+        gathered = np.empty((len(images), self.grid[0] * self.grid[1]), np.int32)
+        for start, end in zip(starts, [*starts[1:], len(images)], strict=True):
+            members = order[start:end]
+            gathered[members] = self._sequences[by_shard[start]][places[members]]
+        return gathered
+
+    def _make_order(self, seed: int, number: int) -> np.ndarray:
+        """A permutation of the images for pass `number`."""
+        return np.argsort(_random_bits(len(self), seed, _ORDER, number), kind="stable")
+
+
+def _random_bits(count: int, *keys: int) -> np.ndarray:
+    """uint64 (count,), a pure function of the keys.
+
+    Raw bits, because NumPy promises that these stay the same in later versions, and does not
+    promise it of its permutations.
+    """
+    seeds = np.random.SeedSequence([key % 2**64 for key in keys])
+    return np.random.PCG64(seeds).random_raw(count)
+
+
+def map_shard(
+    directory: pathlib.Path, info: CodesInfo, shard: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The codes (n, augmentations, h * w) and labels (n,) of a shard, mapped into memory.
+
+    Raises:
+      DataError: a file is missing, truncated, or not what `info` says.
+    """
+    names, shape = info.file_names(shard), info.codes_shape(shard)
+    codes = _map_array(directory / names["codes"], shape, info.code_dtype)
+    return codes, _map_array(directory / names["labels"], shape[:1], np.dtype(np.int32))
+
+
+def _map_array(path: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The array of an .npy file, mapped into memory; `DataError` where it is not as expected."""
+    again = "Delete it and run the same tokenize command again; it makes only this one anew."
+    try:
+        # As a plain array: the subclass for maps is several times slower to index.
+        array = np.asarray(np.load(path, mmap_mode="r"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} is missing. Run the same tokenize command again; it makes only this one anew."
+        ) from None
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path} is damaged or truncated: {error}. {again}") from error
+    if array.shape != shape or array.dtype != dtype:
+        raise DataError(
+            f"{path} has the shape {array.shape} and type {array.dtype} instead of {shape} and "
+            f"{dtype}. {again}"
+        )
+    return array
+
+
+def damaged_files(directory: pathlib.Path, manifest: Manifest) -> list[str]:
+    """A sentence for each file that is not as it was written."""
+
+    def check(shard: ShardRecord) -> list[str]:
+        found = []
+        files = ((shard.codes, shard.codes_sha256), (shard.labels, shard.labels_sha256))
+        for name, expected in files:
+            try:
+                with open(directory / name, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                        found.append(f"{name} has another SHA-256 than its manifest says.")
+            except OSError as error:
+                found.append(f"{name} cannot be read: {error.strerror}.")
+        if not found and (highest := np.load(directory / shard.codes).max()) >= size:
+            found.append(f"{shard.codes} has the code {highest} of a codebook of {size}.")
+        return found
+
+    size = manifest.info.codebook_size
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [line for lines in pool.map(check, manifest.shards) for line in lines]
+
+
+def check_codes(
+    codes: Codes,
+    fingerprint: str,
+    grid: tuple[int, int],
+    codebook_size: int,
+    num_classes: int = 0,
+) -> None:
+    """Raises `DataError` where codes are not those that a transformer is for.
+
+    Args:
+      codes: what there is.
+      fingerprint: of the transformer's tokenizer.
+      grid: (h, w) that it models.
+      codebook_size: of its tokenizer.
+      num_classes: that it is conditioned on; 0 = labels do not matter.
+    """
+    where = codes.directory
+    if codes.fingerprint != fingerprint:
+        raise DataError(
+            f"{where} has codes of another tokenizer: its fingerprint is "
+            f"{codes.fingerprint[:12]}..., and this tokenizer's is {fingerprint[:12]}.... Make "
+            "them with this tokenizer by python -m vqgan_jax.tokenize."
+        )
+    if codes.codebook_size != codebook_size:
+        raise DataError(
+            f"{where} has codes of a codebook of {codes.codebook_size}; {codebook_size} are "
+            "expected."
+        )
+    if tuple(codes.grid) != tuple(grid):
+        raise DataError(
+            f"{where} has grids of {codes.grid[0]}x{codes.grid[1]} codes; {grid[0]}x{grid[1]} are "
+            "expected. Tokenize with another --resolution."
+        )
+    if num_classes == 0:
+        return
+    if codes.labels.min() < 0:
+        raise DataError(
+            f"{where} has images without a class, and the transformer is conditioned on "
+            f"{num_classes} classes."
+        )
+    if codes.labels.max() >= num_classes:
+        raise DataError(
+            f"{where} has the class {codes.labels.max()}; the transformer has {num_classes}, 0 to "
+            f"{num_classes - 1}."
+        )

@@ -1,0 +1,394 @@
+"""Writes the codes of a data set to disk, for the training of a transformer.
+
+    python -m vqgan_jax.tokenize --checkpoint=runs/quickstart --dataset=earth \\
+        --split=train,validation --output=codes/earth --augment=flip
+    python -m vqgan_jax.tokenize --info=codes/earth
+    python -m vqgan_jax.tokenize --verify=codes/earth
+
+Each split gets a directory of its own below the output, as in `codes/earth/train`. The same command
+goes on with a pass that was stopped or killed, with the shards that are missing. Several processes,
+joined as in training, share the work; the output must be a directory that all of them see. Files do
+not depend on how many processes and devices made them.
+"""
+
+import contextlib
+import math
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from vqgan_jax import commands
+from vqgan_jax.data.augmentations import AllViews, list_views
+from vqgan_jax.data.code_manifest import CodesInfo, find_codes
+from vqgan_jax.data.code_writer import CodeWriter, ShardImages
+from vqgan_jax.data.codes import open_codes
+from vqgan_jax.data.elements import ReadTransformed
+from vqgan_jax.data.errors import DataError
+from vqgan_jax.data.pipeline import DamageCount, Prefetched, read_batches
+from vqgan_jax.data.sources import open_source
+from vqgan_jax.data.transforms import evaluation_transform
+from vqgan_jax.inference import Tokenizer, load_tokenizer
+from vqgan_jax.metrics.codebook import perplexity, usage
+from vqgan_jax.training.encoding import HostEncoder
+from vqgan_jax.training.progress import Progress
+from vqgan_jax.training.stopping import Preempted, StopSignal
+
+PROGRESS_SECONDS = 10.0
+POLL_SECONDS = 0.5
+
+
+def tokenize(
+    checkpoint: str,
+    output: str | pathlib.Path,
+    dataset: str = "",
+    splits: Sequence[str] = ("train", "validation"),
+    augmentations: Sequence[str] = (),
+    resolution: int | None = None,
+    resize: int | None = None,
+    image_key: str = "",
+    data_dir: str = "",
+    batch_size: int = 32,
+    images_per_shard: int = 4096,
+) -> None:
+    """Writes the codes of each split into a directory of its name below `output`.
+
+    Args:
+        checkpoint: the tokenizer's run, checkpoint or export.
+        output: a directory; what is in it of the same pass is kept and gone on with.
+        dataset: name as `data.sources.open_source` takes it; empty = the tokenizer's own.
+        splits: of the data set.
+        augmentations: of `data.augmentations.AUGMENTATIONS`.
+        resolution: side of the images in pixels; None = that of the tokenizer's training.
+        resize: shorter side before the crop, as `config.data.resize`; None = as in training.
+        image_key: the feature that holds the images; empty = the tokenizer's own, or "image".
+        data_dir: where data sets are; empty = as in training.
+        batch_size: images that go through a device together.
+        images_per_shard: of all shards but the last.
+
+    Raises:
+        CheckpointError: of `load_tokenizer`.
+        DataError: there is no such data set or split, or the output holds other codes. Nothing is
+            written then.
+        Preempted: asked to stop by SIGTERM or SIGINT.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    set_data(tokenizer.config.data, dataset, image_key, data_dir, resize, resolution)
+    resolution = resolution or tokenizer.config.model.resolution
+    if resolution % tokenizer.factor:
+        raise DataError(
+            f"--resolution={resolution} is not divisible by the tokenizer's factor "
+            f"{tokenizer.factor}."
+        )
+    passes = []
+    for split in dict.fromkeys(splits):
+        read = open_reader(tokenizer.config, split, resolution, augmentations)
+        info = describe(tokenizer, read, split, images_per_shard)
+        writer = CodeWriter(pathlib.Path(output) / split, info)
+        if writer.is_complete:
+            say(f"{writer.directory} is complete.")
+        else:
+            passes.append((read, writer))
+    begin([writer for _, writer in passes])
+
+    with StopSignal() as stop:
+        encoder = HostEncoder(tokenizer, batch_size)
+        for read, writer in passes:
+            encode_split(encoder, read, writer, stop)
+            finish(writer, stop)
+            say(f"Wrote {writer.directory}: {writer.info.count} images.")
+
+
+def say(line: str) -> None:
+    """Prints a line in process 0."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+# ---- What is to be encoded.
+
+
+def set_data(
+    data: ConfigDict,
+    dataset: str,
+    image_key: str,
+    data_dir: str,
+    resize: int | None,
+    resolution: int | None,
+) -> None:
+    """Changes a tokenizer's `config.data` to what is to be encoded; see `tokenize`."""
+    if dataset and dataset != data.name:
+        data.name, data.image_key = dataset, "image"
+    data.image_key = image_key or data.image_key
+    data.data_dir = data_dir or data.data_dir
+    if resize is not None:
+        data.resize = resize
+    elif resolution is not None and data.resize > 0:
+        data.resize = 0  # it belonged to another resolution
+
+
+def open_reader(
+    config: ConfigDict, split: str, resolution: int, augmentations: Sequence[str]
+) -> ReadTransformed:
+    """Reads the images of a split as all their views, uint8 `(views, H, W, 3)` or `(views, H, W)`.
+
+    Raises:
+        DataError: there is no such data set, split or augmentation, or they are not for the
+            tokenizer.
+    """
+    data = config.data
+    if config.model.in_channels != (data.num_labels or 3):
+        raise DataError(
+            f"The tokenizer takes {config.model.in_channels} channels; the images of data sets "
+            "have 3."
+        )
+    views = AllViews(evaluation_transform(config, resolution), list_views(augmentations))
+    source = open_source(
+        data.name, split, data.data_dir, data.image_key, resolution, data.num_labels > 0
+    )
+    if len(source) == 0:
+        raise DataError(f"The split {split!r} of {data.name} is empty.")
+    return ReadTransformed(source, views, data.num_labels)
+
+
+def describe(
+    tokenizer: Tokenizer, read: ReadTransformed, split: str, images_per_shard: int
+) -> CodesInfo:
+    """All that determines the codes of a split."""
+    views, data = read.transform, tokenizer.config.data
+    side = views.resolution // tokenizer.factor
+    return CodesInfo(
+        dataset=data.name,
+        split=split,
+        image_key=data.image_key,
+        count=len(read.source),
+        class_names=read.source.class_names,
+        resolution=views.resolution,
+        resize=views.transform.resize,
+        augmentations=tuple(view.name for view in views.views),
+        grid=(side, side),
+        codebook_size=tokenizer.codebook_size,
+        fingerprint=tokenizer.fingerprint,
+        dtype=jnp.dtype(tokenizer.module.dtype).name,
+        images_per_shard=images_per_shard,
+    )
+
+
+# ---- The encoding.
+
+
+def encode_split(
+    encoder: HostEncoder, read: ReadTransformed, writer: CodeWriter, stop: StopSignal
+) -> None:
+    """Writes the shards of a split that this process is to write and that are not there yet.
+
+    Raises:
+        Preempted: asked to stop; finished shards are kept.
+    """
+    ours = range(jax.process_index(), writer.info.num_shards, jax.process_count())
+    shards = sorted(set(writer.unfinished()).intersection(ours))
+    sizes = [len(writer.info.images_of(shard)) for shard in shards]
+    if len(shards) < len(ours):
+        say(f"{writer.directory} goes on: {len(ours) - len(shards)} of {len(ours)} shards exist.")
+    if not shards:
+        return
+    images = ShardImages(read, [writer.info.images_of(i) for i in shards], encoder.batch_size)
+    damage = DamageCount(read.source)
+
+    def put(batch: dict) -> dict:
+        damage.note(batch["index"], batch["skipped"])
+        return batch | {"views": encoder.put(batch.pop("image"))}
+
+    elements = read_batches(grain.MapDataset.source(images), encoder.batch_size, encoder.data)
+    total = len(images) // encoder.batch_size
+    progress = Progress(total, encoder.batch_size * jax.process_count())
+    step, last_report = 0, time.monotonic()
+    with (
+        contextlib.closing(Prefetched(elements.map(put), encoder.data.prefetch)) as batches,
+        ThreadPoolExecutor(1) as disk,
+    ):
+        results, writing = encoder.codes(timed(batches, progress)), None
+        for shard, size in zip(shards, sizes, strict=True):
+            parts = []
+            for _ in range(math.ceil(size / encoder.batch_size)):
+                parts.append(next(results))
+                step += 1
+                if step == total or time.monotonic() - last_report > PROGRESS_SECONDS:
+                    progress.report(step, {"shard": shard})
+                    last_report = time.monotonic()
+                if stop.received:
+                    raise stopped(writer)
+            codes = np.concatenate([codes for codes, _ in parts])[:size]
+            labels = np.concatenate([batch["label"] for _, batch in parts])[:size]
+            replaced = [batch["index"][batch["skipped"] > 0] for _, batch in parts]
+            if writing:
+                writing.result()
+            writing = disk.submit(writer.write, shard, codes, labels, np.concatenate(replaced))
+        if writing:
+            writing.result()
+
+
+def timed(batches: Iterator[dict], progress: Progress) -> Iterator[dict]:
+    """The batches, where their time counts as waiting for data."""
+    while True:
+        with progress.waiting_for_data():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+# ---- What the processes agree on.
+
+
+def begin(writers: Sequence[CodeWriter]) -> None:
+    """Makes the directories ready once all processes have looked at them.
+
+    Raises:
+        DataError: not all processes see the same directories.
+    """
+    multihost_utils.sync_global_devices("tokenize: compared")
+    if jax.process_index() == 0:
+        for writer in writers:
+            writer.begin()
+    multihost_utils.sync_global_devices("tokenize: begun")
+    for writer in writers:
+        if not writer.has_begun:
+            raise DataError(
+                f"{writer.directory} is not what the first process sees; --output must be a "
+                "directory that all processes share."
+            )
+
+
+def finish(writer: CodeWriter, stop: StopSignal) -> None:
+    """Writes the manifest in process 0 when all shards are there, and returns when it is there.
+
+    Processes look for each other's files here: hosts may be done hours apart, for which a
+    collective operation would not wait.
+    """
+    first = jax.process_index() == 0
+    while writer.unfinished() if first else not writer.has_manifest:
+        if stop.received:
+            raise stopped(writer)
+        time.sleep(POLL_SECONDS)
+    if first:
+        writer.finish()
+
+
+def stopped(writer: CodeWriter) -> Preempted:
+    """What to raise when the process was asked to stop."""
+    return Preempted(f"Stopped in {writer.directory}; the same command goes on from there.")
+
+
+# ---- What is on disk.
+
+
+def verify(directory: str) -> None:
+    """Compares every file in a directory of codes, or those below it, with its manifest.
+
+    Raises:
+        DataError: something is not as it was written, or there are no codes.
+    """
+    failures = []
+    for path in find_codes(pathlib.Path(directory)) or [pathlib.Path(directory)]:
+        try:
+            codes = open_codes(path, verify=True)
+        except DataError as error:
+            failures.append(str(error))
+        else:
+            print(f"{path}: all {2 * codes.info.num_shards} files are as they were written.")
+    if failures:
+        raise DataError("\n".join(failures))
+
+
+def print_info(directory: str) -> None:
+    """Prints what a directory of codes, or those below it, hold.
+
+    Raises:
+        DataError: there are no codes, or they are not complete.
+    """
+    for path in find_codes(pathlib.Path(directory)) or [pathlib.Path(directory)]:
+        codes = open_codes(path)
+        info = codes.info
+        counts = np.zeros(info.codebook_size, np.int64)
+        for first in range(0, len(codes), 4096):
+            some = codes.gather(np.arange(first, min(first + 4096, len(codes))))
+            counts += np.bincount(some.ravel(), minlength=info.codebook_size)
+        names = info.augmentations
+        views = ", ".join(names if len(names) <= 4 else (*names[:3], "...", names[-1]))
+        print(
+            f"{path}",
+            f"  images      {info.count} at {info.resolution} pixels, split {info.split} of "
+            f"{info.dataset}, {info.num_classes or 'no'} classes",
+            f"  replaced    {codes.num_replaced} damaged images, each by the next one",
+            f"  views       {len(names)} of each: {views}",
+            f"  codes       {info.grid[0]}x{info.grid[1]} a view, of a codebook of "
+            f"{info.codebook_size}, in {info.num_shards} shards",
+            f"  tokenizer   {info.fingerprint}, computed in {info.dtype}",
+            f"  codebook    {float(usage(counts)):.1%} used by the first view, "
+            f"with a perplexity of {float(perplexity(counts)):.1f}",
+            sep="\n",
+        )
+
+
+# ---- The command.
+
+
+def main() -> None:
+    """Does what the flags say."""
+    options = flags.FLAGS
+    if options.info:
+        print_info(options.info)
+    elif options.verify:
+        verify(options.verify)
+    elif not (options.checkpoint and options.output and options.split):
+        raise DataError("--checkpoint, --output and --split are needed, or --info or --verify.")
+    else:
+        commands.start_distributed()
+        tokenize(
+            options.checkpoint,
+            options.output,
+            options.dataset,
+            options.split,
+            options.augment,
+            options.resolution,
+            options.resize,
+            options.image_key,
+            options.data_dir,
+            options.batch_size,
+            options.images_per_shard,
+        )
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("checkpoint", "", "The tokenizer: a run, a checkpoint or an export.")
+    flags.DEFINE_string("output", "", "A directory; each split gets one of its own in it.")
+    flags.DEFINE_string("dataset", "", "The data set; empty = the one the tokenizer learned from.")
+    flags.DEFINE_list("split", ["train", "validation"], "Splits of the data set.")
+    flags.DEFINE_list("augment", [], "Views beside the centre: flip, ten_crop or both.")
+    flags.DEFINE_integer("resolution", None, "Pixels; unset = as in training.", lower_bound=1)
+    flags.DEFINE_integer(
+        "resize",
+        None,
+        "Shorter side before the crop; 0 = the resolution, -1 = as it is; unset = as in training.",
+        lower_bound=-1,
+    )
+    flags.DEFINE_string("image_key", "", "The feature that holds the images.")
+    flags.DEFINE_string("data_dir", "", "Where data sets are; empty = as in training.")
+    flags.DEFINE_integer("batch_size", 32, "Images at a time on each device.", lower_bound=1)
+    flags.DEFINE_integer("images_per_shard", 4096, "Images in a file.", lower_bound=1)
+    flags.DEFINE_string("info", "", "Print what a directory of codes holds, and do nothing else.")
+    flags.DEFINE_string("verify", "", "Check a directory of codes, and do nothing else.")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    commands.run(main)
