@@ -26,6 +26,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from vqgan_jax.interop.taming import (
@@ -33,8 +34,10 @@ from vqgan_jax.interop.taming import (
     state_dict_from_variables,
     variables_from_state_dict,
 )
+from vqgan_jax.interop.taming_gpt import gpt_params_from_state_dict, state_dict_from_gpt_params
 from vqgan_jax.interop.taming_yaml import config_from_yaml
 from vqgan_jax.models.lpips import HEAD_WIDTHS, VGG16_WIDTHS
+from vqgan_jax.models.transformer import Transformer
 from vqgan_jax.training import discriminator_step, generator_step
 from vqgan_jax.training.compilation import compile_options
 from vqgan_jax.training.game import Game
@@ -364,6 +367,43 @@ def replay_gumbel(golden: Mapping[str, np.ndarray], meta: Mapping) -> dict[str, 
     }
 
 
+def replay_gpt(golden: Mapping[str, np.ndarray], meta: Mapping) -> dict[str, np.ndarray]:
+    """The transformer: logits, mean cross-entropy, gradient norms.
+
+    The first token stands for the condition; the last target is a code that the model never sees.
+    """
+    shape = meta["cfg"]
+    length = golden["idx"].shape[1]
+    transformer = Transformer(
+        codebook_size=shape["vocab_size"],
+        grid=(1, length),
+        num_conditions=1,
+        condition_size=0,
+        max_length=shape["block_size"],
+        num_layers=shape["n_layer"],
+        num_heads=shape["n_head"],
+        num_kv_heads=shape["n_head"],
+        width=shape["n_embd"],
+        hidden=4 * shape["n_embd"],
+        num_unmasked=shape.get("n_unmasked", 0),
+        dtype=precision(),
+    )
+    params = in_precision(gpt_params_from_state_dict(state_dict_in(golden)))
+    conditions = golden["idx"][:, :1]
+    codes = np.concatenate([golden["idx"][:, 1:], golden["targets"][:, -1:]], axis=1)
+
+    def objective(params):
+        logits = transformer.apply({"params": params}, conditions, codes)
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, golden["targets"])
+        return losses.mean(), logits
+
+    (loss, logits), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+    named = state_dict_from_gpt_params(gradients)
+    if not any(key.startswith("grad_norm/transformer.") for key in golden):
+        named = {name.removeprefix("transformer."): value for name, value in named.items()}
+    return {"logits": logits, "loss": loss} | dict(gradient_results("", named))
+
+
 def replay_of(golden: Mapping[str, np.ndarray]) -> Callable:
     """The replay for what a file holds, by its keys."""
     if "step0/g/total_loss" in golden:
@@ -372,6 +412,8 @@ def replay_of(golden: Mapping[str, np.ndarray]) -> Callable:
         return replay_segmentation
     if "fwd/logits" in golden and "params/quantize.proj.weight" in golden:
         return replay_gumbel
+    if "targets" in golden and "params/transformer.pos_emb" in golden:
+        return replay_gpt
     raise ValueError("no replay for what it holds: " + ", ".join(sorted(golden)[:5]) + ", ...")
 
 
@@ -386,7 +428,7 @@ def replay(path: str | os.PathLike) -> list[Comparison]:
         golden = {key: file[key] for key in file.files}
     meta = json.loads(str(golden.pop("meta"))) if "meta" in golden else {}
     results = replay_of(golden)(golden, meta)
-    inputs = ("x", "labels")
+    inputs = ("x", "labels", "idx", "targets")
     missed = [k for k in golden if k not in results and k not in inputs and k[:7] != "params/"]
     missed = [k for k in missed if not k.endswith(INERT)]
     if missed:

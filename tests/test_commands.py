@@ -13,7 +13,7 @@ from PIL import Image
 import training_runs as runs
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.data.errors import DataError
-from vqgan_jax.training.loop import train_tokenizer
+from vqgan_jax.training import loop
 
 UNKNOWN_KEY = """\
 from vqgan_jax.configuration import tokenizer_config
@@ -133,7 +133,7 @@ def test_bad_config(run_inputs, tmp_path, changes, error, words):
         config.update_from_flattened_dict({key: value})
     workdir = tmp_path / "run"
     with pytest.raises(error) as caught:
-        train_tokenizer(config, workdir, jax.devices())
+        loop.train(config, workdir, jax.devices())
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not workdir.exists()
 
@@ -151,7 +151,7 @@ def test_training_image_smaller_than_the_crop(run_inputs, tmp_path):
     config.data.name = f"folder:{tmp_path}/images"
     config.data.resize = -1
     with pytest.raises(DataError, match="24 x 24 pixels are too few for a crop of 32"):
-        train_tokenizer(config, tmp_path / "run", jax.devices())
+        loop.train(config, tmp_path / "run", jax.devices())
     assert not (tmp_path / "run").exists()
 
 
@@ -171,10 +171,10 @@ def test_no_deprecation_warnings(run_inputs, tmp_path):
         "for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):\n"
         "    warnings.filterwarnings('error', category=kind, module=r'vqgan_jax\\.')\n"
         "from tiny_config import get_config\n"
-        "from vqgan_jax.training.loop import train_tokenizer\n"
+        "from vqgan_jax.training.loop import train\n"
         "config = get_config()\n"
         "config.training.num_steps = 3\n"
-        f"train_tokenizer(config, {str(workdir)!r})\n"
+        f"train(config, {str(workdir)!r})\n"
     )
     paths = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "tests")])
     environment = os.environ | {

@@ -15,7 +15,7 @@ import vqgan_jax
 from tiny_config import get_config
 from vqgan_jax.data.sources import open_source
 from vqgan_jax.data.transforms import evaluation_transform
-from vqgan_jax.training.loop import train_tokenizer
+from vqgan_jax.training.loop import train
 
 LAST = 14
 GLOBAL_STATISTICS = ("discriminator/batch_stats/", "generator/codebook/")
@@ -66,7 +66,7 @@ def assert_close_statistics(workdir, reference, step):
 @pytest.mark.parametrize("variant", [ema_and_act_norm, gumbel_and_group_norm])
 def test_eight_devices_compute_what_one_does(float64, run_inputs, tmp_path, variant):
     for count in (1, 8):
-        train_tokenizer(variant(), tmp_path / str(count), jax.devices()[:count])
+        train(variant(), tmp_path / str(count), jax.devices()[:count])
     runs.assert_close_metrics(tmp_path / "8", tmp_path / "1")
     names = assert_close_statistics(tmp_path / "8", tmp_path / "1", 10)
     assert len(names) == (3 if variant is ema_and_act_norm else 0)
@@ -74,7 +74,7 @@ def test_eight_devices_compute_what_one_does(float64, run_inputs, tmp_path, vari
 
 def test_eight_devices_with_batch_norm(float64, reference_run_in_float64, tmp_path):
     """The whole run of the reference, with its evaluations of 11 images in batches of 8."""
-    train_tokenizer(get_config("float64"), tmp_path, jax.devices())
+    train(get_config("float64"), tmp_path, jax.devices())
     runs.assert_close_metrics(tmp_path, reference_run_in_float64)
     assert len(assert_close_statistics(tmp_path, reference_run_in_float64, LAST)) == 2
 
@@ -115,7 +115,7 @@ def test_split_parameters(float64, reference_run_in_float64, interrupted, mesh, 
     config = get_config("float64")
     config.mesh.update(mesh)
     config.sharding_rules = ((r"(conv\w*|norm)\d*/kernel$", (axis,)),)
-    train_tokenizer(config, interrupted, jax.devices())
+    train(config, interrupted, jax.devices())
     runs.assert_close_metrics(interrupted, reference_run_in_float64)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         path = interrupted / "checkpoints" / str(LAST) / "state"
@@ -131,7 +131,7 @@ def test_accumulated_gradients(float64, run_inputs, tmp_path):
     for count in (1, 4):
         config = without_perceptual(norm="group", adaptive_weight=False)
         config.optimizer.accumulate = count
-        train_tokenizer(config, tmp_path / str(count), jax.devices()[:1])
+        train(config, tmp_path / str(count), jax.devices()[:1])
     # The codes that a batch uses are those of a micro-batch.
     runs.assert_close_metrics(tmp_path / "4", tmp_path / "1", ignored=("batch_codebook",))
 

@@ -9,4 +9,8 @@ def __getattr__(name):
         from vqgan_jax import inference
 
         return getattr(inference, name)
+    if name == "Generator":
+        from vqgan_jax import generation
+
+        return generation.Generator
     raise AttributeError(f"module 'vqgan_jax' has no attribute {name!r}")

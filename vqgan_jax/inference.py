@@ -1,6 +1,8 @@
-"""Trained tokenizers for other programs: `vqgan_jax.load(path)`."""
+"""Trained models for other programs: `vqgan_jax.load(path)`."""
 
 import functools
+import hashlib
+import json
 import os
 
 import jax
@@ -9,9 +11,35 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vqgan_jax.configuration import downsampling_factor
-from vqgan_jax.training.checkpoints import CheckpointError, read_variables, shapes
+from vqgan_jax.training.checkpoints import (
+    CheckpointError,
+    read_variables,
+    shapes,
+    tokenizer_path,
+)
 from vqgan_jax.training.compilation import compile_options
 from vqgan_jax.training.game import make_vqgan
+from vqgan_jax.training.sharding import path_name
+
+# What determines codes, and with it the fingerprint: to rename one of these keys, here or in the
+# parameters, would make every tokenizer a stranger to its codes on disk.
+_ENCODING_CONFIG = (
+    "resolution",
+    "in_channels",
+    "channels",
+    "channel_multipliers",
+    "num_res_blocks",
+    "attention_resolutions",
+    "latent_channels",
+    "num_groups",
+)
+_QUANTIZER_CONFIG = ("kind", "codebook_size", "code_dim", "l2_normalize")
+_ENCODING_VARIABLES = (
+    "params/encoder/",
+    "params/quant_conv/",
+    "params/quantize/",
+    "codebook/quantize/embedding",  # an EMA codebook without the sums that it moves by
+)
 
 
 class Tokenizer:
@@ -85,6 +113,26 @@ class Tokenizer:
         return self._decode(self.variables, codes)
 
     @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the parameters and config values that determine codes.
+
+        These are the encoder's, the projection's and the quantiser's, not the decoder's: tokenizers
+        with equal fingerprints give equal codes, up to the rounding of the computation's dtype.
+        """
+        model = self.config.model
+        config = {name: model[name] for name in _ENCODING_CONFIG}
+        config["quantizer"] = {name: model.quantizer[name] for name in _QUANTIZER_CONFIG}
+        config["num_labels"] = self.config.data.num_labels
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        flat, _ = jax.tree_util.tree_flatten_with_path(self.variables)
+        for name, leaf in sorted((path_name(path), leaf) for path, leaf in flat):
+            if name.startswith(_ENCODING_VARIABLES):
+                values = np.asarray(leaf).astype("<f4")
+                digest.update(f"{name} {values.shape}".encode())
+                digest.update(values.tobytes())
+        return digest.hexdigest()
+
+    @functools.cached_property
     def _encode(self):
         encode = functools.partial(self.module.apply, method="encode")
         return jax.jit(encode, compiler_options=compile_options())
@@ -100,15 +148,39 @@ class Tokenizer:
         return jax.jit(decode, compiler_options=compile_options())
 
 
-def load(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a run directory (its newest checkpoint), a checkpoint or an export.
+def load(path: str | os.PathLike):
+    """What was trained at `path`: a `Tokenizer`, or a `Generator` with its tokenizer.
 
-    Where the run kept a moving average of the parameters, it is taken.
+    Of a run directory the newest checkpoint is taken, and the moving average of the parameters
+    where the run kept one.
+
+    Args:
+        path: a run directory, a checkpoint or an export.
 
     Raises:
         CheckpointError: there is none at `path`, or it is damaged.
     """
     config, variables, _ = read_variables(path)
+    if config.stage == "tokenizer":
+        return _tokenizer(path, config, variables)
+    from vqgan_jax.generation import Generator
+
+    return Generator(config, variables["params"], load_tokenizer(tokenizer_path(path)))
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer at `path`, as of `load`.
+
+    Raises:
+        CheckpointError: as `load`, and where another kind of model is there.
+    """
+    config, variables, _ = read_variables(path)
+    if config.stage != "tokenizer":
+        raise CheckpointError(f"{path} is a {config.stage}; a tokenizer is needed here.")
+    return _tokenizer(path, config, variables)
+
+
+def _tokenizer(path: str | os.PathLike, config: ConfigDict, variables) -> Tokenizer:
     tokenizer = Tokenizer(config, variables)
     _check_shapes(path, tokenizer)
     return tokenizer

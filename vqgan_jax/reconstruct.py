@@ -35,7 +35,7 @@ from vqgan_jax import commands
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.images import to_uint8
 from vqgan_jax.data.inputs import Picture, list_pictures
-from vqgan_jax.inference import Tokenizer, load
+from vqgan_jax.inference import Tokenizer, load_tokenizer
 from vqgan_jax.interop.lpips import check_lpips, load_lpips
 from vqgan_jax.metrics.codebook import perplexity, usage
 from vqgan_jax.models.lpips import LPIPS
@@ -79,13 +79,13 @@ def reconstruct(
         What `metrics.json` holds.
 
     Raises:
-        CheckpointError: of `vqgan_jax.load`.
+        CheckpointError: of `load_tokenizer`.
         DataError: the output is in use, an input does not exist, or no picture can be used.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} exists and is not empty; choose another --output.")
-    tokenizer = load(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     config = tokenizer.config
     if data_dir:
         config.data.data_dir = data_dir

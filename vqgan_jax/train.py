@@ -21,7 +21,7 @@ _WORKDIR = flags.DEFINE_string(
 def main() -> None:
     """Trains what the flags say."""
     commands.start_distributed()
-    from vqgan_jax.training.loop import train_tokenizer
+    from vqgan_jax.training.loop import train
 
     path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
     if not pathlib.Path(path).is_file():
@@ -30,7 +30,7 @@ def main() -> None:
         raise ConfigError(f"get_config of {path} returns no ConfigDict, but {_CONFIG.value!r}.")
     name = pathlib.Path(path).stem
     workdir = _WORKDIR.value or f"runs/{name}"
-    figures = train_tokenizer(_CONFIG.value, workdir)
+    figures = train(_CONFIG.value, workdir)
     for name, value in figures.items():
         print(f"{name:>22}  {value:.4g}")
     print(f"Pictures are in {workdir}/images, all figures in {workdir}/metrics.jsonl.")

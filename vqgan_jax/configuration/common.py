@@ -1,8 +1,4 @@
-"""The keys of every config, their defaults and their checks.
-
-A file in `configs/` starts from `tokenizer_config()` and changes what its experiment needs. The
-config is locked and typed, so a misspelt key or an ill-typed value is an error that names the key.
-"""
+"""What the configs of all stages share: sections, checks, the argument of a config file, JSON."""
 
 import json
 
@@ -14,89 +10,16 @@ class ConfigError(ValueError):
     """A config value that cannot work; the message names the key and says what would."""
 
 
-def tokenizer_config() -> ConfigDict:
-    """The VQGAN f16 of "Taming Transformers" (Esser et al. 2021), without a data set's choices."""
+def base_config(stage: str) -> ConfigDict:
+    """The sections that every stage has, with the reference's defaults."""
     config = ConfigDict()
-    config.stage = "tokenizer"
+    config.stage = stage
     config.seed = 0
-
-    config.model = ConfigDict(
-        dict(
-            dtype="auto",  # of the computation: "float32", "bfloat16", "float64"; auto = by backend
-            resolution=256,  # nominal; attention_resolutions refer to it, other sizes work too
-            in_channels=3,
-            out_channels=3,
-            channels=128,
-            channel_multipliers=(1, 1, 2, 2, 4),  # one level each; factor = 2^(levels - 1)
-            num_res_blocks=2,  # a level of the encoder; the decoder has one more
-            attention_resolutions=(16,),
-            latent_channels=256,
-            num_groups=32,  # of GroupNorm; below 128 channels fewer keep colours better
-            dropout=0.0,
-            remat=False,  # recompute residual blocks in the backward pass: less memory, more time
-        )
-    )
-    config.model.quantizer = ConfigDict(
-        dict(
-            kind="nearest",  # "nearest", "ema" or "gumbel"
-            codebook_size=1024,
-            code_dim=256,  # below latent_channels: low-dimensional projection by the 1x1 convs
-            l2_normalize=False,  # cosine distance (ViT-VQGAN); for "nearest" and "ema"
-            kmeans_init=False,  # start the codebook at the k-means centres of the first batch
-            ema_decay=0.99,  # "ema" only
-            restart_below=0.0,  # "ema" only: a code used less per batch (EMA) starts again; 0 = off
-        )
-    )
-
-    config.loss = ConfigDict(
-        dict(
-            l1=1.0,
-            l2=0.0,
-            perceptual=1.0,
-            binary_cross_entropy=0.0,  # for label maps; instead of all of the above
-            codebook=1.0,  # weight of the whole quantisation loss
-            commitment=0.25,  # beta, equation 4 of the paper
-            legacy_codebook=True,  # the reference's form: beta on the codebook term instead
-            kl=1e-8,  # "gumbel" only: weight of the divergence from uniform code use
-        )
-    )
-    config.loss.perceptual_network = ConfigDict(
-        dict(
-            backbone="vgg16",  # "vgg16" or "alexnet"
-            path="",  # a weights file of your own; empty = the published LPIPS v0.1 weights
-            sha256="",  # of the file at `path`; required with it
-            dropout=False,  # the reference trains with the heads' dropout active, by accident
-        )
-    )
-    config.temperature = ConfigDict(  # of the Gumbel-softmax; linear warm-up, then cosine
-        dict(warmup_steps=0, decay_steps=1_000_001, start=0.9, peak=0.9, end=1e-6)
-    )
-
-    config.discriminator = ConfigDict(
-        dict(
-            enabled=True,
-            channels=64,
-            num_layers=3,
-            norm="batch",  # "batch", "act" or "group"
-            loss="hinge",  # "hinge", "vanilla" or "non_saturating"
-            weight=0.8,  # of the generator's term, times the adaptive weight
-            factor=1.0,  # of both players' terms
-            start=250_001,  # generator steps before the adversarial game begins
-            warmup_steps=0,  # linear ramp of the terms after `start`
-            adaptive_weight=True,
-            adaptive_delta=1e-4,  # the reference's; the paper writes 1e-6
-            adaptive_max=1e4,
-            lecam=0.0,  # weight of the LeCam regularisation
-            lecam_decay=0.999,
-            refresh_reconstruction=False,  # the reference's order: one more forward pass
-        )
-    )
 
     config.optimizer = ConfigDict(
         dict(
             learning_rate=0.0,  # 0 = base_learning_rate x batch_size, the reference's rule
             base_learning_rate=4.5e-6,
-            discriminator_learning_rate=0.0,  # 0 = the generator's
             b1=0.5,
             b2=0.9,
             eps=1e-8,
@@ -146,7 +69,7 @@ def tokenizer_config() -> ConfigDict:
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1 = the devices that are left
     config.sharding_rules = ()  # of (regex of a parameter's path, axes of its dimensions)
-    return config.lock()
+    return config
 
 
 def parse_argument(argument: str, **defaults) -> ConfigDict:
@@ -179,115 +102,63 @@ def parse_argument(argument: str, **defaults) -> ConfigDict:
     return ConfigDict(parsed)
 
 
-def downsampling_factor(model: ConfigDict) -> int:
-    """Pixels a code in each direction: f in "f16"."""
-    return 2 ** (len(model.channel_multipliers) - 1)
-
-
 def to_json(config: ConfigDict) -> str:
     """The resolved config as JSON, as it stands in every checkpoint and export."""
     return json.dumps(config.to_dict(), indent=2, default=list)
 
 
-def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote, with today's defaults for keys that are newer."""
-    config = tokenizer_config()
-    with config.unlocked():
-        config.update(_tuples(json.loads(text)))
-    return config
-
-
-def _tuples(value):
+def tuples(value):
+    """JSON's lists as the tuples that configs have."""
     if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
+        return {key: tuples(item) for key, item in value.items()}
     if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
+        return tuple(tuples(item) for item in value)
     return value
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises `ConfigError` with the message where the condition does not hold."""
     if not condition:
         raise ConfigError(message)
 
 
-def _one_of(config: ConfigDict, path: str, *choices: str) -> None:
-    value = _value_at(config, path)
-    _require(
+def one_of(config: ConfigDict, path: str, *choices: str) -> None:
+    """Raises `ConfigError` where the key has another value."""
+    value = value_at(config, path)
+    require(
         value in choices, f"config.{path} is {value!r}; it must be one of {', '.join(choices)}."
     )
 
 
-def _value_at(config: ConfigDict, path: str):
+def value_at(config: ConfigDict, path: str):
+    """The value of a key that is written with dots."""
     for key in path.split("."):
         config = config[key]
     return config
 
 
-_POSITIVE = (
-    "model.resolution",
-    "model.channels",
-    "model.latent_channels",
-    "model.num_groups",
-    "model.quantizer.codebook_size",
-    "model.quantizer.code_dim",
-    "optimizer.accumulate",
-    "training.batch_size",
-    "training.num_steps",
-    "training.log_every",
-    "training.evaluate_every",
-    "training.checkpoint_every",
-    "training.keep_latest",
-    "training.grid_images",
-)
+def positive(config: ConfigDict, *paths: str) -> None:
+    """Raises `ConfigError` where one of the keys is not above 0."""
+    for path in paths:
+        value = value_at(config, path)
+        require(value > 0, f"config.{path} is {value}; it must be positive.")
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises `ConfigError` for values that cannot work, before anything compiles."""
-    _one_of(config, "model.quantizer.kind", "nearest", "ema", "gumbel")
-    _one_of(config, "model.dtype", "auto", "float32", "bfloat16", "float64")
-    _require(
+def validate_base(config: ConfigDict) -> None:
+    """Checks of what every stage has."""
+    one_of(config, "model.dtype", "auto", "float32", "bfloat16", "float64")
+    require(
         config.model.dtype != "float64" or jax.config.jax_enable_x64,
         "config.model.dtype is float64, which JAX computes only with JAX_ENABLE_X64=1 in the "
         "environment.",
     )
-    _one_of(config, "discriminator.norm", "batch", "act", "group")
-    _one_of(config, "discriminator.loss", "hinge", "vanilla", "non_saturating")
-    _one_of(config, "loss.perceptual_network.backbone", "vgg16", "alexnet")
-    _one_of(config, "optimizer.schedule", "constant", "cosine")
-    for path in _POSITIVE:
-        value = _value_at(config, path)
-        _require(value > 0, f"config.{path} is {value}; it must be positive.")
-
-    model, training = config.model, config.training
-    factor = downsampling_factor(model)
-    _require(
-        model.resolution % factor == 0,
-        f"config.model.resolution is {model.resolution}, which the model's factor {factor} does "
-        f"not divide; take {max(1, model.resolution // factor) * factor}.",
-    )
-    for multiplier in model.channel_multipliers:
-        _require(
-            model.channels * multiplier % model.num_groups == 0,
-            f"config.model.channels x channel_multipliers gives {model.channels * multiplier} "
-            f"channels, which config.model.num_groups {model.num_groups} does not divide.",
-        )
-    _require(
-        config.loss.binary_cross_entropy == 0 or config.data.num_labels > 0,
-        "config.loss.binary_cross_entropy needs a label map: set config.data.num_labels.",
-    )
-    _require(
-        config.loss.binary_cross_entropy > 0 or config.data.num_labels == 0,
-        "config.data.num_labels makes a label-map tokenizer, whose loss is "
-        "config.loss.binary_cross_entropy: set it to 1.",
-    )
-    channels = config.data.num_labels or model.in_channels
-    _require(
-        model.in_channels == channels == model.out_channels,
-        f"config.model.in_channels and out_channels are {model.in_channels} and "
-        f"{model.out_channels}, and the data has {channels} channels.",
-    )
-    _require(
-        training.batch_size % config.optimizer.accumulate == 0,
-        f"config.training.batch_size {training.batch_size} is not divisible by "
-        f"config.optimizer.accumulate {config.optimizer.accumulate}.",
+    one_of(config, "optimizer.schedule", "constant", "cosine")
+    names = ("batch_size", "num_steps", "log_every", "evaluate_every", "checkpoint_every")
+    names += ("keep_latest", "grid_images")
+    positive(config, "optimizer.accumulate", *(f"training.{name}" for name in names))
+    batch_size, accumulate = config.training.batch_size, config.optimizer.accumulate
+    require(
+        batch_size % accumulate == 0,
+        f"config.training.batch_size {batch_size} is not divisible by "
+        f"config.optimizer.accumulate {accumulate}.",
     )

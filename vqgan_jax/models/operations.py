@@ -54,3 +54,26 @@ def max_pool(x: jax.Array) -> jax.Array:
         height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
         return cpu.max_pool(x[:, :height, :width])
     return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+
+def causal_mask(length: int, num_unmasked: int = 0) -> jax.Array:
+    """`(T, T)`: whether token i sees token j; the first `num_unmasked` all see each other."""
+    first = jnp.arange(length) < num_unmasked
+    return jnp.tril(jnp.ones((length, length), bool)) | (first[:, None] & first)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, num_unmasked: int = 0) -> jax.Array:
+    """Attention of `(B, T, heads, head_dim)` by `causal_mask`; fused where the backend can.
+
+    Keys and values may have fewer heads than queries.
+    """
+    mask = causal_mask(query.shape[1], num_unmasked)[None, None] if num_unmasked else None
+    fused = jax.default_backend() == "gpu" and query.dtype.itemsize == 2 and mask is None
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        is_causal=mask is None,
+        implementation="cudnn" if fused else "xla",
+    )

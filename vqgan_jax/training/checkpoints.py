@@ -1,8 +1,9 @@
 """Checkpoints of a run, and exports: what inference needs and nothing else.
 
 A run keeps `checkpoints/STEP/{state,config}`: the whole training state, written in the background,
-and the resolved config. An export is `config.json` and `variables/`: the tokenizer's parameters
-(the moving average where there is one) and, for fine-tuning, the discriminator's.
+and the resolved config. An export is `config.json` and `variables/`: the model's parameters (the
+moving average where there is one) and, for fine-tuning, the discriminator's. A transformer's run or
+export has that of its tokenizer within, as `tokenizer/`.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from vqgan_jax.training.sharding import path_name
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
 VARIABLES = "variables"
+TOKENIZER = "tokenizer"
 _WRITE_ERRORS = (OSError, ValueError)  # tensorstore tells of a full disk by a ValueError
 
 
@@ -225,14 +227,16 @@ def write_export(
     config: ConfigDict,
     variables: Any,
     discriminator: Any | None = None,
+    tokenizer: tuple[ConfigDict, Any] | None = None,
 ) -> None:
     """Writes what inference needs to a new directory, all at once at the end.
 
     Args:
         directory: where; it must not exist or be empty.
         config: the resolved config.
-        variables: the tokenizer's collections, `params` and for an EMA quantiser `codebook`.
+        variables: the model's collections, `params` and for an EMA quantiser `codebook`.
         discriminator: its collections, for fine-tuning and for the way back to other formats.
+        tokenizer: of a transformer: its tokenizer's config and variables.
 
     Raises:
         CheckpointError: the directory is in use, or it cannot be written.
@@ -241,7 +245,7 @@ def write_export(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} exists already; choose another output directory.")
     temporary = directory.with_name(f".{directory.name}.partial")
-    items = {"tokenizer": variables}
+    items = {config.stage: variables}
     if discriminator is not None:
         items["discriminator"] = discriminator
     try:
@@ -251,6 +255,8 @@ def write_export(
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(temporary / VARIABLES, items)
         (temporary / CONFIG_FILE).write_text(configuration.to_json(config))
+        if tokenizer is not None:
+            write_export(temporary / TOKENIZER, *tokenizer)
         if directory.exists():
             directory.rmdir()
         temporary.rename(directory)
@@ -259,7 +265,7 @@ def write_export(
 
 
 def read_variables(path: str | pathlib.Path) -> tuple[ConfigDict, Any, Any | None]:
-    """The config, the tokenizer's and the discriminator's variables of a run, checkpoint or export.
+    """The config, the model's and the discriminator's variables of a run, checkpoint or export.
 
     Of a run directory, the newest checkpoint is taken; of a checkpoint, the moving average of the
     parameters where there is one. The discriminator's are None where there are none.
@@ -287,32 +293,62 @@ def read_variables(path: str | pathlib.Path) -> tuple[ConfigDict, Any, Any | Non
 def _read_export(path: pathlib.Path) -> tuple[ConfigDict, Any, Any | None]:
     config = _read_config(path / CONFIG_FILE, path)
     items = _read_tree(path / VARIABLES, lambda tree: tree)
-    return config, items["tokenizer"], items.get("discriminator")
+    return config, items[config.stage], items.get("discriminator")
 
 
 def _read_checkpoint(path: pathlib.Path) -> tuple[ConfigDict, Any, Any | None]:
+    config = _read_config(path / "config" / "metadata", path)
+    if config.stage == "transformer":
+        state = _read_tree(path / "state", _of_inference)
+        return config, {"params": _inference_params(state)}, None
+
     def wanted(state):
-        generator = state["generator"]
-        average = generator.get("ema_params")
-        wanted = {"params": average or generator["params"]}
-        wanted = {"generator": {"ema_params" if average else "params": wanted["params"]}}
-        if generator.get("codebook"):
-            wanted["generator"]["codebook"] = generator["codebook"]
+        items = {"generator": _of_inference(state["generator"])}
+        if state["generator"].get("codebook"):
+            items["generator"]["codebook"] = state["generator"]["codebook"]
         if state.get("discriminator"):
-            wanted["discriminator"] = {
+            items["discriminator"] = {
                 name: state["discriminator"][name]
                 for name in ("params", "batch_stats")
                 if state["discriminator"].get(name)
             }
-        return wanted
+        return items
 
-    config = _read_config(path / "config" / "metadata", path)
     state = _read_tree(path / "state", wanted)
-    generator = state["generator"]
-    variables = {"params": generator.get("ema_params") or generator["params"]}
-    if "codebook" in generator:
-        variables["codebook"] = generator["codebook"]
+    variables = {"params": _inference_params(state["generator"])}
+    if "codebook" in state["generator"]:
+        variables["codebook"] = state["generator"]["codebook"]
     return config, variables, state.get("discriminator")
+
+
+def _of_inference(state):
+    """The part of a stored state that `_inference_params` needs."""
+    name = "ema_params" if state.get("ema_params") else "params"
+    return {name: state[name]}
+
+
+def _inference_params(state):
+    """The moving average of the parameters where there is one."""
+    return state.get("ema_params") or state["params"]
+
+
+def tokenizer_path(path: str | pathlib.Path) -> pathlib.Path:
+    """Where the tokenizer of a transformer's run, checkpoint or export is.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    for directory in (
+        path,
+        path.parent,
+        path.parent.parent,
+    ):  # a checkpoint is RUN/checkpoints/STEP
+        if (directory / TOKENIZER / CONFIG_FILE).is_file():
+            return directory / TOKENIZER
+    raise CheckpointError(
+        f"{path} is a transformer without its tokenizer: {TOKENIZER}/ is missing."
+    )
 
 
 def _read_config(file: pathlib.Path, path: pathlib.Path) -> ConfigDict:

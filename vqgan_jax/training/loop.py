@@ -1,40 +1,77 @@
-"""The training of a tokenizer, from its config to its last checkpoint."""
+"""The training loop, from a config to the last checkpoint; what is trained is a stage's matter."""
 
 import contextlib
-import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vqgan_jax import configuration
-from vqgan_jax.data.pipeline import evaluation_batches, evaluation_images, training_batches
-from vqgan_jax.data.sources import open_source
-from vqgan_jax.interop.lpips import check_lpips, load_lpips
 from vqgan_jax.training.checkpoints import CONFIG_FILE, Checkpoints
-from vqgan_jax.training.compilation import compile_options, compile_players
-from vqgan_jax.training.evaluation import evaluate, evaluation_step
-from vqgan_jax.training.game import Game
-from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.logging import DeferredMetrics, MetricWriter, check_finite
-from vqgan_jax.training.objectives import uses_perceptual
-from vqgan_jax.training.pictures import side_by_side
 from vqgan_jax.training.progress import Progress
-from vqgan_jax.training.sharding import batch_sharding, make_mesh, replicated, state_shardings
+from vqgan_jax.training.sharding import make_mesh
 from vqgan_jax.training.stopping import Preempted, StopSignal
-from vqgan_jax.training.warm_start import start_from
+from vqgan_jax.training.tokenizer_stage import TokenizerStage
+from vqgan_jax.training.transformer_stage import TransformerStage
 
 EVALUATION_FILE = "evaluation.json"  # the newest evaluation's figures
 
-# On the terminal; metrics.jsonl has everything.
-SHOWN = ("loss/reconstruction", "loss/quantization", "loss/discriminator", "adversarial_weight")
-SHOWN_EVALUATION = ("psnr", "ssim", "lpips", "pixel_accuracy", "codebook_usage")
+
+class Stage(Protocol):
+    """What the loop needs to know of a model, its data and its steps.
+
+    Attributes:
+        config: the experiment.
+        shown: metrics for the terminal; `metrics.jsonl` has all.
+        shown_evaluation: the same of an evaluation.
+        checked: the figure of an evaluation that must be finite.
+        pictures_name: what the pictures show.
+        abstract_state: shapes and types of the state.
+        layout: a sharding for each array of the state.
+    """
+
+    config: ConfigDict
+    shown: Sequence[str]
+    shown_evaluation: Sequence[str]
+    checked: str
+    pictures_name: str
+    abstract_state: Any
+    layout: Any
+
+    def batches(self, start_step: int) -> Iterator:
+        """Batches for the steps from `start_step` on; its `close()` ends their threads."""
+
+    def init(self, batch) -> Any:
+        """The state before the first step, whose batch is given."""
+
+    def update(self, state, batch, step: int) -> tuple[Any, dict]:
+        """The state after step `step`, and metrics on the device."""
+
+    def rates(self, images_per_second: float) -> dict[str, float]:
+        """Other figures that follow from the speed."""
+
+    def evaluate(self, state) -> dict[str, float]:
+        """Figures over the validation split."""
+
+    def pictures(self, state) -> np.ndarray:
+        """What the model makes, `(H, W, 3)` uint8."""
 
 
-def train_tokenizer(
+def make_stage(config: ConfigDict, mesh: Mesh, workdir: pathlib.Path) -> Stage:
+    """The stage that a config names, with its data open and checked."""
+    if config.stage == "transformer":
+        return TransformerStage(config, mesh, workdir)
+    return TokenizerStage(config, mesh)
+
+
+def train(
     config: ConfigDict,
     workdir: str | pathlib.Path,
     devices: Sequence[jax.Device] | None = None,
@@ -55,44 +92,10 @@ def train_tokenizer(
     """
     configuration.validate(config)
     workdir = pathlib.Path(workdir)
-    training = config.training
     say = print if jax.process_index() == 0 else lambda *_, **__: None
-
-    # ---- Devices and data: what cannot work ends here, before anything is written or compiled.
-    mesh = make_mesh(config.mesh, devices)
-    micro_batch_size = training.batch_size // config.optimizer.accumulate
-    rows = batch_sharding(mesh, micro_batch_size, "the micro-batch size")
-    open_source(
-        config.data.name,
-        config.data.train_split,
-        config.data.data_dir,
-        config.data.image_key,
-        config.model.resolution,
-        label_map=config.data.num_labels > 0,
-    )
-    pictured = evaluation_images(config, training.grid_images)
-
-    # ---- The two players, and the steps that train and judge them.
-    game = Game.from_config(config)
-    perceptual_params = perceptual_parameters(game, mesh)
-    options = compile_options()
-    abstract_state = jax.eval_shape(
-        lambda images: game.init(prepare_images(config.data, images)),
-        jax.ShapeDtypeStruct((training.batch_size, *pictured.shape[1:]), pictured.dtype),
-    )
-    layout = state_shardings(abstract_state, config.sharding_rules, mesh)
-    whole = replicated(mesh)
-    update_generator, update_discriminator = compile_players(game, layout, rows, whole)
-    judge = jax.jit(
-        functools.partial(evaluation_step, game), out_shardings=whole, compiler_options=options
-    )
-    picture = jax.jit(
-        lambda variables, images: game.tokenizer.apply(
-            variables, prepare_images(config.data, images)
-        )[0],
-        out_shardings=whole,
-        compiler_options=options,
-    )
+    # What cannot work ends here, before anything is written or compiled.
+    stage = make_stage(config, make_mesh(config.mesh, devices), workdir)
+    config, training = stage.config, stage.config.training
 
     # ---- The state: of the newest checkpoint, or born on the devices from the first batch.
     with contextlib.ExitStack() as stack:
@@ -102,8 +105,8 @@ def train_tokenizer(
                 lambda leaf, sharding: jax.ShapeDtypeStruct(
                     leaf.shape, leaf.dtype, sharding=sharding
                 ),
-                abstract_state,
-                layout,
+                stage.abstract_state,
+                stage.layout,
             )
         )
         start = restored[0] if restored else 0
@@ -111,20 +114,13 @@ def train_tokenizer(
         if start >= training.num_steps and evaluation_file.exists():
             say(f"The run in {workdir} is finished: it has all its {start} steps.")
             return json.loads(evaluation_file.read_text())
-        batches = stack.enter_context(
-            contextlib.closing(training_batches(config, rows, start_step=start))
-        )
+        batches = stack.enter_context(contextlib.closing(stage.batches(start)))
         if restored:
             state = restored[1]
             say(f"Going on from step {start} in {workdir}.")
         else:
             first = next(batches)
-            state = jax.jit(
-                lambda images: game.init(prepare_images(config.data, images)),
-                out_shardings=layout,
-            )(first["image"])
-            if training.initialize_from:
-                state = start_from(training.initialize_from, game, state, layout)
+            state = stage.init(first)
         stream = batches if restored else itertools.chain([first], batches)
 
         writer = stack.enter_context(
@@ -151,28 +147,19 @@ def train_tokenizer(
             step, metrics = arrived
             check_finite(step, metrics)
             if step % training.log_every == 0 or step == training.num_steps:
-                shown = {name: metrics[name] for name in SHOWN if name in metrics}
+                shown = {name: metrics[name] for name in stage.shown if name in metrics}
                 speed = progress.report(step, shown)
+                speed |= stage.rates(speed["images_per_second"])
                 writer.write(step, metrics | speed)
 
         def evaluate_now(step: int) -> dict[str, float]:
-            variables = state.generator.inference_variables
-            validation = evaluation_batches(
-                config, rows, micro_batch_size, training.evaluation_images
-            )
-            with contextlib.closing(validation):
-                figures = evaluate(judge, validation, variables, perceptual_params)
-            check_finite(step, {"validation/loss": figures["reconstruction_loss"]})
+            figures = stage.evaluate(state)
+            check_finite(step, {f"validation/{stage.checked}": figures[stage.checked]})
             writer.write(step, {f"validation/{name}": value for name, value in figures.items()})
-            images = jax.device_put(pictured, whole)
-            pair = jax.device_get((prepare_images(config.data, images), picture(variables, images)))
-            grid = side_by_side(
-                *pair,
-                enlarge=max(1, 128 // config.model.resolution),
-                label_maps=config.data.num_labels > 0,
-            )
-            writer.write_images(step, "reconstructions", grid)
-            shown = [f"{name} {figures[name]:.4g}" for name in SHOWN_EVALUATION if name in figures]
+            writer.write_images(step, stage.pictures_name, stage.pictures(state))
+            shown = [
+                f"{name} {figures[name]:.4g}" for name in stage.shown_evaluation if name in figures
+            ]
             say(f"evaluation at step {step} on {figures['images']:.0f} images:", *shown, flush=True)
             if jax.process_index() == 0:
                 evaluation_file.write_text(json.dumps(figures, indent=2) + "\n")
@@ -186,15 +173,7 @@ def train_tokenizer(
         while step < training.num_steps:
             with progress.waiting_for_data():
                 batch = next(stream)
-            playing = game.plays(step)  # two programs: before the adversarial game, and in it
-            state, metrics, reconstructions = update_generator(
-                state, batch["image"], perceptual_params, playing=playing
-            )
-            if config.discriminator.enabled:
-                state, more = update_discriminator(
-                    state, batch["image"], reconstructions, playing=playing
-                )
-                metrics |= more
+            state, metrics = stage.update(state, batch, step)
             step += 1
             log(deferred.push(step, metrics))
 
@@ -215,12 +194,3 @@ def train_tokenizer(
                 raise Preempted(f"Stopped at step {step}; the same command goes on from there.")
 
         return figures or evaluate_now(step)
-
-
-def perceptual_parameters(game: Game, mesh: jax.sharding.Mesh):
-    """Checked LPIPS parameters on every device; None where the config has no perceptual term."""
-    if not uses_perceptual(game.config.loss):
-        return None
-    params = load_lpips(game.config.loss.perceptual_network, game.config.data.data_dir)
-    check_lpips(game.perceptual, params)
-    return jax.device_put(params, replicated(mesh))

@@ -1,4 +1,4 @@
-"""Grids of inputs beside reconstructions, for people to look at."""
+"""Grids of pictures, for people to look at: inputs beside reconstructions, and samples."""
 
 import functools
 
@@ -45,18 +45,23 @@ def side_by_side(
     if not label_maps and images.shape[-1] not in (1, 3):
         raise ValueError(f"Images have 1 or 3 channels, not {images.shape[-1]}.")
 
-    to_rgb = _labels_to_rgb if label_maps else _intensities_to_rgb
+    to_rgb = _labels_to_rgb if label_maps else intensities_to_rgb
     pairs = np.concatenate([to_rgb(images), to_rgb(reconstructions)], axis=2)
-    pairs = pairs.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
-    count, height, width, _ = pairs.shape
+    return tiled(pairs, columns, enlarge)
+
+
+def tiled(images: np.ndarray, columns: int, enlarge: int = 1) -> np.ndarray:
+    """Images `(B, H, W, 3)` uint8 in rows, each pixel a square of `enlarge`, with white between."""
+    images = images.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
+    count, height, width, _ = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
     row_step, column_step = height + _SEPARATOR, width + _SEPARATOR
     shape = (rows * row_step - _SEPARATOR, columns * column_step - _SEPARATOR, 3)
     grid = np.full(shape, _BACKGROUND, np.uint8)
-    for index, pair in enumerate(pairs):
+    for index, image in enumerate(images):
         top, left = index // columns * row_step, index % columns * column_step
-        grid[top : top + height, left : left + width] = pair
+        grid[top : top + height, left : left + width] = image
     return grid
 
 
@@ -97,7 +102,7 @@ def _labels_to_rgb(scores: np.ndarray) -> np.ndarray:
     return label_colors(scores.shape[-1])[np.argmax(scores, axis=-1)]
 
 
-def _intensities_to_rgb(images: np.ndarray) -> np.ndarray:
+def intensities_to_rgb(images: np.ndarray) -> np.ndarray:
     """(B, H, W, 1 or 3) in [-1, 1] -> (B, H, W, 3) uint8."""
     levels = np.round((np.clip(images.astype(np.float32), -1.0, 1.0) + 1.0) * 127.5)
     return np.broadcast_to(levels.astype(np.uint8), (*images.shape[:3], 3))

@@ -43,10 +43,33 @@ class TokenizerState:
     discriminator: DiscriminatorState | None
 
 
+@flax.struct.dataclass
+class TransformerState:
+    """The transformer in training."""
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+    ema_params: Any  # None where the config keeps no moving average
+
+    @property
+    def inference_params(self):
+        """What evaluation and sampling use: the moving average where there is one."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
 def step_key(seed: int, step: jax.Array, stream: str) -> jax.Array:
     """The random key of one purpose at one step: a pure function of (seed, step, stream)."""
     key = jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream))
     return jax.random.fold_in(key, jnp.asarray(step, jnp.uint32))
 
 
-STREAMS = ("params", "dropout", "gumbel", "codebook", "perceptual")
+STREAMS = (  # the place of a name is part of its key: new ones go to the end
+    "params",
+    "dropout",
+    "gumbel",
+    "codebook",
+    "perceptual",
+    "corruption",
+    "condition",
+)

@@ -1,0 +1,111 @@
+"""The keys of a transformer's config, stage 2, with their defaults and their checks."""
+
+from ml_collections import ConfigDict
+
+from vqgan_jax.configuration.common import base_config, one_of, positive, require, validate_base
+
+
+def transformer_config() -> ConfigDict:
+    """The reference's GPT of 305 million parameters over 16x16 codes of a VQGAN f16."""
+    config = base_config("transformer")
+    config.optimizer.b1, config.optimizer.b2 = 0.9, 0.95
+    config.optimizer.weight_decay = 0.01  # of matrices, the head's too; not of embeddings
+    config.training.best_metric = "bits_per_code"
+
+    config.model = ConfigDict(
+        dict(
+            dtype="auto",  # of the computation: "float32", "bfloat16", "float64"; auto = by backend
+            codebook_size=0,  # 0 = the tokenizer's
+            grid=(),  # rows and columns of codes; empty = the data's
+            num_layers=24,
+            num_heads=16,
+            num_kv_heads=0,  # of keys and values; 0 = num_heads, fewer make decoding faster
+            width=1024,
+            hidden=0,  # of the feed-forward; 0 = 4 x width, or 8/3 x width to 256 for "swiglu"
+            max_length=0,  # of learned positions; 0 = what the sequence needs
+            norm="layer",  # "layer" or "rms"
+            feed_forward="gelu",  # "gelu" or "swiglu"
+            positions="learned",  # "learned" or "rotary", in two dimensions
+            qk_norm=False,
+            use_bias=True,
+            num_unmasked=0,  # so many first tokens see each other in both directions
+            embedding_dropout=0.0,
+            dropout=0.0,
+            attention_dropout=0.0,
+            unroll=1,  # layers compiled one after the other; more: faster steps, longer compilation
+            remat=False,  # recompute blocks in the backward pass: less memory, more time
+        )
+    )
+    config.condition = ConfigDict(
+        dict(
+            kind="none",  # "none": a start token; "class": the image's class
+            num_classes=0,  # 0 = the data's
+            class_names=(),  # empty = the data's
+            own_table=True,  # False: tokens of the codes' table, as in the reference
+            start_token=0,  # "none" without an own table
+            dropout=0.0,  # how often the class is left out in training, for guidance
+        )
+    )
+    config.tokenizer = ConfigDict(
+        dict(
+            path="",  # the tokenizer's run, checkpoint or export
+            resolution=0,  # of images; 0 = what the tokenizer was trained at
+        )
+    )
+    config.data.codes = ""  # what `tokenize` wrote; empty = images go through the tokenizer
+    config.training.pkeep = 1.0  # the share of input codes that stay; others become random ones
+    config.sampling = ConfigDict(  # of the samples at evaluations, and the defaults of `sample`
+        dict(
+            temperature=1.0,
+            top_k=0,  # 0 = all
+            top_p=1.0,
+            guidance_scale=1.0,  # 1 = none
+            guidance_schedule="constant",  # "constant", "linear" or "cosine"
+        )
+    )
+    return config.lock()
+
+
+def validate_transformer(config: ConfigDict) -> None:
+    """Raises `ConfigError` for values that cannot work, before anything compiles."""
+    validate_base(config)
+    one_of(config, "model.norm", "layer", "rms")
+    one_of(config, "model.feed_forward", "gelu", "swiglu")
+    one_of(config, "model.positions", "learned", "rotary")
+    one_of(config, "condition.kind", "none", "class")
+    one_of(config, "sampling.guidance_schedule", "constant", "linear", "cosine")
+    positive(config, "model.num_layers", "model.num_heads", "model.width")
+
+    model, condition = config.model, config.condition
+    require(
+        model.width % model.num_heads == 0,
+        f"config.model.width {model.width} is not divisible by config.model.num_heads "
+        f"{model.num_heads}.",
+    )
+    require(
+        model.num_kv_heads == 0 or model.num_heads % model.num_kv_heads == 0,
+        f"config.model.num_heads {model.num_heads} is not divisible by config.model.num_kv_heads "
+        f"{model.num_kv_heads}.",
+    )
+    require(
+        model.positions == "learned" or model.width // model.num_heads % 4 == 0,
+        "config.model.positions is rotary, which needs heads of a multiple of 4 channels; "
+        f"width / num_heads is {model.width // model.num_heads}.",
+    )
+    require(
+        condition.dropout == 0 or condition.kind == "class",
+        "config.condition.dropout leaves out a condition: set config.condition.kind=class.",
+    )
+    require(
+        0.0 <= condition.dropout < 1.0 and 0.0 <= config.training.pkeep <= 1.0,
+        "config.condition.dropout must be in [0, 1) and config.training.pkeep in [0, 1].",
+    )
+    require(
+        config.sampling.guidance_scale == 1.0 or condition.dropout > 0.0,
+        "config.sampling.guidance_scale needs a model that was trained without classes too: set "
+        "config.condition.dropout=0.1.",
+    )
+    require(
+        bool(config.tokenizer.path),
+        "config.tokenizer.path is empty; it must name the run or export of a tokenizer.",
+    )

@@ -1,0 +1,125 @@
+"""Causal self-attention over tokens, with the options of later systems, whole or a token at a time.
+
+Sources: "Attention Is All You Need" (Vaswani et al. 2017); grouped queries: "GQA" (Ainslie et al.
+2023); normalised queries and keys: "Scaling Vision Transformers to 22 Billion Parameters" (Dehghani
+et al. 2023), section 2.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vqgan_jax.models.layers import at_least_float32
+from vqgan_jax.models.operations import attend, causal_mask
+from vqgan_jax.models.positions import rotate
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias` over the last axis; kernels N(0, 0.02), biases 0, as GPT-2 has them."""
+
+    features: int
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.normal(0.02)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        flat = x.astype(self.dtype).reshape(-1, x.shape[-1])  # a 3-D operand's gradient is slow
+        y = flat @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention in which a token sees those before it.
+
+    Keys and values may have fewer heads than queries: each then serves several query heads.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    qk_norm: bool = False
+    use_bias: bool = True
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, angles=None, num_unmasked: int = 0, cache=None, index=None, train=False):
+        """Attends within `x`, or from one token to those in a cache.
+
+        Args:
+            x: `(B, T, D)`; with `index`, `(B, 1, D)`.
+            angles: `(T, head_dim / 2)` of rotary positions, or None.
+            num_unmasked: so many first tokens see each other in both directions.
+            cache: keys and values `(B, num_kv_heads, limit, head_dim)` each, with `index`.
+            index: of the token, whose key and value are written there; tokens after it are not
+                seen.
+            train: whether dropout is on.
+
+        Returns:
+            The output, like `x`; and keys and values: of all tokens, in the cache's layout, or the
+            cache with the token written.
+        """
+        width = x.shape[-1]
+        head_dim = width // self.num_heads
+
+        def project(name, heads):
+            y = Linear(heads * head_dim, self.use_bias, self.dtype, name=name)(x)
+            return y.reshape(*y.shape[:-1], heads, head_dim)
+
+        query = project("query", self.num_heads)
+        key, value = project("key", self.num_kv_heads), project("value", self.num_kv_heads)
+        if self.qk_norm:
+            query = nn.RMSNorm(dtype=self.dtype, name="query_norm")(query)
+            key = nn.RMSNorm(dtype=self.dtype, name="key_norm")(key)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+
+        keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        if index is not None:
+            keys, values = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=2)
+                for old, new in zip(cache, (keys, values), strict=True)
+            )
+            y = attend_to_cache(query, keys, values, index)
+        elif self.dropout > 0.0 and train:
+            y = self._attend_with_dropout(query, key, value, num_unmasked)
+        else:
+            y = attend(query, key, value, num_unmasked)
+        y = y.reshape(*x.shape[:-1], width)
+        return Linear(width, self.use_bias, self.dtype, name="out")(y), (keys, values)
+
+    def _attend_with_dropout(self, query, key, value, num_unmasked):
+        repeats = self.num_heads // self.num_kv_heads
+        key, value = key.repeat(repeats, axis=2), value.repeat(repeats, axis=2)
+        logits = jnp.einsum("b q n h, b k n h -> b n q k", at_least_float32(query), key)
+        logits *= query.shape[-1] ** -0.5
+        logits = jnp.where(causal_mask(query.shape[1], num_unmasked), logits, -jnp.inf)
+        weights = nn.Dropout(self.dropout)(jax.nn.softmax(logits, axis=-1), deterministic=False)
+        return jnp.einsum("b n q k, b k n h -> b q n h", weights.astype(self.dtype), value)
+
+
+def attend_to_cache(query, keys, values, index) -> jax.Array:
+    """Attention from one token to the first `index + 1` tokens of a cache.
+
+    Args:
+        query: `(B, 1, num_heads, head_dim)`.
+        keys: `(B, num_kv_heads, limit, head_dim)`.
+        values: the same.
+        index: of the token.
+
+    Returns:
+        `(B, 1, num_heads, head_dim)`.
+    """
+    batch, _, num_heads, head_dim = query.shape
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    groups = query.reshape(batch, keys.shape[1], -1, head_dim)
+    logits = jnp.einsum("b n g h, b n t h -> b n g t", groups, keys, preferred_element_type=wide)
+    logits *= head_dim**-0.5
+    logits = jnp.where(jnp.arange(keys.shape[2]) <= index, logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    y = jnp.einsum("b n g t, b n t h -> b n g h", weights, values)
+    return y.reshape(batch, 1, num_heads, head_dim)

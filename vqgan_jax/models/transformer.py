@@ -1,0 +1,236 @@
+"""The autoregressive transformer over codes ("Taming Transformers", section 3.2).
+
+One module is the reference's GPT (learned positions, layer normalisation before each part, exact
+GELU) and, by its options, the form that later systems converged on: RMSNorm ("Root Mean Square
+Layer Normalization", Zhang and Sennrich 2019), SwiGLU ("GLU Variants Improve Transformer", Shazeer
+2020), rotary positions, normalised queries and keys, grouped queries.
+
+A sequence is `num_conditions` condition tokens and then the codes of a grid, row by row; each code
+is predicted from all that stands before it.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vqgan_jax.models.attention import Linear, SelfAttention
+from vqgan_jax.models.layers import at_least_float32
+from vqgan_jax.models.positions import rotary_angles
+
+
+class FeedForward(nn.Module):
+    """The part of a block that works on each token alone."""
+
+    hidden: int
+    kind: str = "gelu"
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        def linear(features, name):
+            return Linear(features, self.use_bias, self.dtype, name=name)
+
+        h = linear(self.hidden, "up")(x)
+        if self.kind == "swiglu":
+            h = nn.silu(linear(self.hidden, "gate")(x)) * h
+        else:
+            h = nn.gelu(h, approximate=False)
+        return linear(x.shape[-1], "down")(h)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on the normalised sum of what was before."""
+
+    num_heads: int
+    num_kv_heads: int
+    hidden: int
+    norm: str = "layer"
+    feed_forward: str = "gelu"
+    qk_norm: bool = False
+    use_bias: bool = True
+    num_unmasked: int = 0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, angles=None, cache=None, index=None, train=False):
+        """As `SelfAttention.__call__`, which it gives what it is given."""
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        attention = SelfAttention(
+            self.num_heads,
+            self.num_kv_heads,
+            self.qk_norm,
+            self.use_bias,
+            self.attention_dropout,
+            self.dtype,
+            name="attention",
+        )
+        normal = make_norm(self.norm, self.dtype, name="attention_norm")(x)
+        h, cache = attention(normal, angles, self.num_unmasked, cache, index, train)
+        x = x + dropout(h)
+        h = make_norm(self.norm, self.dtype, name="feed_forward_norm")(x)
+        h = FeedForward(
+            self.hidden, self.feed_forward, self.use_bias, self.dtype, name="feed_forward"
+        )(h)
+        return x + dropout(h), cache
+
+
+def make_norm(kind: str, dtype: jnp.dtype, name: str) -> nn.Module:
+    """LayerNorm ("layer") or RMSNorm ("rms"), with statistics in float32 or wider."""
+    if kind == "rms":
+        return nn.RMSNorm(epsilon=1e-5, dtype=dtype, name=name)
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Transformer(nn.Module):
+    """Logits of every next code.
+
+    Attributes:
+        codebook_size: codes there are to predict.
+        grid: rows and columns of codes, for rotary positions.
+        num_conditions: condition tokens in front of the codes, at least 1.
+        condition_size: different condition tokens, 0 where they share the codes' table, as in the
+            reference.
+        max_length: of `num_conditions + rows * columns - 1` tokens, for learned positions.
+        num_layers: blocks.
+        num_heads: of queries.
+        num_kv_heads: of keys and values.
+        width: channels of a token.
+        hidden: channels within a feed-forward.
+        norm: "layer" or "rms".
+        feed_forward: "gelu" or "swiglu".
+        positions: "learned" or "rotary".
+        qk_norm: normalised queries and keys.
+        use_bias: in linear layers; never in the head.
+        num_unmasked: so many first tokens see each other in both directions.
+        embedding_dropout: after the sum of token and position.
+        dropout: after attention and feed-forward.
+        attention_dropout: of attention weights.
+        unroll: blocks of the loop over layers that are compiled one after the other; more compile
+            longer.
+        remat: recompute blocks in the backward pass: less memory, more time.
+        dtype: of the computation; parameters are float32.
+    """
+
+    codebook_size: int
+    grid: tuple[int, int]
+    num_conditions: int
+    condition_size: int
+    max_length: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    width: int
+    hidden: int
+    norm: str = "layer"
+    feed_forward: str = "gelu"
+    positions: str = "learned"
+    qk_norm: bool = False
+    use_bias: bool = True
+    num_unmasked: int = 0
+    embedding_dropout: float = 0.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    unroll: int = 1
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        init = nn.initializers.normal(0.02)
+        self.code_embedding = nn.Embed(self.codebook_size, self.width, embedding_init=init)
+        if self.condition_size:
+            self.condition_embedding = nn.Embed(
+                self.condition_size, self.width, embedding_init=init
+            )
+        if self.positions == "learned":
+            shape = (self.max_length, self.width)
+            self.position_embedding = self.param("position_embedding", nn.initializers.zeros, shape)
+        block = nn.remat(Block, static_argnums=(5,), prevent_cse=False) if self.remat else Block
+        self.blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast,) * 4,
+            length=self.num_layers,
+            unroll=min(self.unroll, self.num_layers),
+        )(**self.block_fields())
+        self.embedding_drop = nn.Dropout(self.embedding_dropout)
+        self.norm_out = make_norm(self.norm, self.dtype, name=None)
+        self.head = Linear(self.codebook_size, use_bias=False, dtype=self.dtype)
+
+    def block_fields(self) -> dict:
+        """The fields of `Block`."""
+        return dict(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            hidden=self.hidden,
+            norm=self.norm,
+            feed_forward=self.feed_forward,
+            qk_norm=self.qk_norm,
+            use_bias=self.use_bias,
+            num_unmasked=self.num_unmasked,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            dtype=self.dtype,
+        )
+
+    def __call__(self, conditions, codes, train: bool = False):
+        """Logits of each code, given the conditions and the codes before it.
+
+        Args:
+            conditions: `(B, num_conditions)` int.
+            codes: `(B, N)` int, in the order of rows; the last is not looked at.
+            train: whether dropout is on.
+
+        Returns:
+            `(B, N, codebook_size)` float32 or wider.
+        """
+        code_tokens = self.embed_codes(codes[:, :-1])
+        tokens = jnp.concatenate([self.embed_conditions(conditions), code_tokens], axis=1)
+        x = self.embedding_drop(tokens, deterministic=not train)
+        x, _ = self.blocks(x, self._angles(x.shape[1]), None, None, train)
+        return self.logits(x[:, conditions.shape[1] - 1 :])
+
+    def prefill(self, conditions):
+        """What decoding starts from: logits of the first code, and keys and values.
+
+        Returns:
+            `(B, codebook_size)`; keys and values `(layers, B, num_kv_heads, num_conditions,
+            head_dim)` each.
+        """
+        x = self.embed_conditions(conditions)
+        x, cache = self.blocks(x, self._angles(x.shape[1]), None, None, False)
+        return self.logits(x[:, -1]), cache
+
+    def embed_conditions(self, conditions):
+        """`(B, num_conditions)` int -> `(B, num_conditions, width)` with positions."""
+        table = self.condition_embedding if self.condition_size else self.code_embedding
+        return self._with_positions(table(conditions), 0)
+
+    def embed_codes(self, codes, first: int | jax.Array = 0):
+        """`(B, n)` int, the codes from number `first` on -> `(B, n, width)` with positions."""
+        return self._with_positions(self.code_embedding(codes), self.num_conditions + first)
+
+    def logits(self, x):
+        """Hidden values `(..., width)` -> logits, float32 or wider."""
+        return at_least_float32(self.head(self.norm_out(x)))
+
+    def angles(self):
+        """Rotary angles of all tokens `(num_conditions + N, head_dim / 2)`; None where learned."""
+        if self.positions != "rotary":
+            return None
+        head_dim = self.width // self.num_heads
+        return rotary_angles(self.grid, self.num_conditions, head_dim)
+
+    def _angles(self, length):
+        angles = self.angles()
+        return None if angles is None else jnp.asarray(angles[:length])
+
+    def _with_positions(self, tokens, first):
+        if self.positions == "learned":
+            tokens += jax.lax.dynamic_slice_in_dim(
+                self.position_embedding, first, tokens.shape[1], axis=0
+            )
+        return tokens.astype(self.dtype)

@@ -1,0 +1,1 @@
+"""Drawing codes from a transformer: cached decoding, filters, guidance, likelihoods."""

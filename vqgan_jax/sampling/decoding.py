@@ -1,0 +1,143 @@
+"""Decoding with a cache of keys and values, in one compiled program.
+
+The cache's shape is fixed within a stretch of positions and grows from stretch to stretch, so that
+early codes do not pay for attention to positions that nothing fills yet.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from vqgan_jax.models.transformer import Block, Transformer
+from vqgan_jax.sampling.filters import Filters, draw
+from vqgan_jax.sampling.guidance import guide
+
+STRETCH = 64  # positions
+
+
+def sample_codes(
+    transformer: Transformer,
+    params,
+    conditions: jax.Array,
+    key: jax.Array,
+    indices: jax.Array,
+    filters: Filters,
+    known: jax.Array,
+    known_mask: jax.Array,
+    null_conditions: jax.Array | None = None,
+    scales: jax.Array | None = None,
+) -> jax.Array:
+    """Codes drawn one after the other, each from the model's distribution given those before.
+
+    The noise at a position of a sample depends on `key`, the sample's index and the position alone.
+
+    Args:
+        transformer: the module.
+        params: its parameters.
+        conditions: `(B, num_conditions)` int.
+        key: the random key of all samples.
+        indices: `(B,)` int, the samples' indices.
+        filters: which codes may be drawn.
+        known: `(B, N)` int, codes that are given.
+        known_mask: `(B, N)` bool, where they are.
+        null_conditions: as `conditions`, for guidance: what stands for no condition.
+        scales: `(N,)`, the guidance scale at each code; with `null_conditions`.
+
+    Returns:
+        `(B, N)` int32.
+    """
+    guided = null_conditions is not None
+    if guided:
+        conditions = jnp.concatenate([conditions, null_conditions])
+    step = CachedStep(transformer, params)
+    num_conditions, num_codes = conditions.shape[1], known.shape[1]
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+
+    def choose(n, logits):
+        logits = guide(logits, scales[n]) if guided else logits
+        drawn = draw(logits, filters, jax.vmap(lambda key: jax.random.fold_in(key, n))(keys))
+        return jnp.where(known_mask[:, n], known[:, n], drawn)
+
+    def decode_one(n, carry):
+        cache, logits, codes = carry
+        code = choose(n, logits)
+        codes = codes.at[:, n].set(code)
+        logits, cache = step(cache, jnp.tile(code, 1 + guided), n)
+        return cache, logits, codes
+
+    logits, cache = step.prefill(conditions)
+    carry = cache, logits, jnp.zeros(known.shape, jnp.int32)
+    for first in range(0, num_codes - 1, STRETCH):
+        last = min(first + STRETCH, num_codes - 1)
+        cache, *rest = carry
+        carry = step.grown(cache, num_conditions + last), *rest
+        carry = jax.lax.fori_loop(first, last, decode_one, carry)
+    _, logits, codes = carry
+    return codes.at[:, -1].set(choose(num_codes - 1, logits))
+
+
+def step_logits(transformer: Transformer, params, conditions, codes) -> jax.Array:
+    """The logits that cached decoding sees when it is led along `codes`: `(B, N, K)`.
+
+    The same numbers as the full forward pass gives, one position at a time.
+    """
+    step = CachedStep(transformer, params)
+    num_conditions, num_codes = conditions.shape[1], codes.shape[1]
+    logits, cache = step.prefill(conditions)
+    cache = step.grown(cache, num_conditions + num_codes)
+
+    def along(cache, n):
+        logits, cache = step(cache, codes[:, n], n)
+        return cache, logits
+
+    _, rest = jax.lax.scan(along, cache, jnp.arange(num_codes - 1))
+    return jnp.concatenate([logits[:, None], rest.swapaxes(0, 1)], axis=1)
+
+
+class CachedStep:
+    """A transformer one token at a time; its cache is `(keys, values)` of each layer.
+
+    Layers are apart, not in a loop over stacked arrays: then a step changes one token of each array
+    in place, where a loop would copy all of them.
+    """
+
+    def __init__(self, transformer: Transformer, params):
+        # Matrices are read from memory at every step: once in the type that they are used in.
+        self._params = jax.tree.map_with_path(
+            lambda path, leaf: leaf.astype(transformer.dtype) if path[-1].key == "kernel" else leaf,
+            params,
+        )
+        self._transformer = transformer
+        layers = range(transformer.num_layers)
+        leaves, structure = jax.tree.flatten(self._params["blocks"])
+        self._layers = [structure.unflatten([leaf[i] for leaf in leaves]) for i in layers]
+        self._angles = transformer.angles()
+
+    def _apply(self, *arguments, method):
+        return self._transformer.apply({"params": self._params}, *arguments, method=method)
+
+    def prefill(self, conditions):
+        """`(B, num_conditions)` -> logits of the first code `(B, K)`, and the cache."""
+        logits, (keys, values) = self._apply(conditions, method="prefill")
+        return logits, [(keys[i], values[i]) for i in range(len(self._layers))]
+
+    def grown(self, cache, length):
+        """The cache with room for `length` tokens."""
+
+        def grow(leaf):
+            return jnp.pad(leaf, ((0, 0), (0, 0), (0, length - leaf.shape[2]), (0, 0)))
+
+        return jax.tree.map(grow, cache)
+
+    def __call__(self, cache, code, n):
+        """Takes in code number `n`, `(B,)`; the logits of the next one `(B, K)`, and the cache."""
+        index = self._transformer.num_conditions + n
+        angles = None
+        if self._angles is not None:
+            angles = jax.lax.dynamic_slice_in_dim(jnp.asarray(self._angles), index, 1)
+        block = Block(**self._transformer.block_fields())
+        x = self._apply(code[:, None], n, method="embed_codes")
+        moved = []
+        for layer, old in zip(self._layers, cache, strict=True):
+            x, new = block.apply({"params": layer}, x, angles, old, index)
+            moved.append(new)
+        return self._apply(x[:, 0], method="logits"), moved

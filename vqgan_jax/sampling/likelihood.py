@@ -1,0 +1,23 @@
+"""How likely given codes are."""
+
+import jax
+import jax.numpy as jnp
+
+from vqgan_jax.models.transformer import Transformer
+
+
+def log_likelihood(transformer: Transformer, params, conditions, codes) -> jax.Array:
+    """The logarithm of each code's probability given those before it.
+
+    Args:
+        transformer: the module.
+        params: its parameters.
+        conditions: `(B, num_conditions)` int.
+        codes: `(B, N)` int.
+
+    Returns:
+        `(B, N)` float32 or wider, in nats; the sum over N is the sequence's.
+    """
+    logits = transformer.apply({"params": params}, conditions, codes)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), codes[..., None], axis=-1)
+    return chosen[..., 0]
