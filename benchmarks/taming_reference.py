@@ -1,8 +1,9 @@
 """The PyTorch reference (CompVis/taming-transformers) as something to time beside ours.
 
 It comes from the packages `torch` and `taming-transformers-rom1504` (with `omegaconf`, `tqdm` and
-`einops`). What it imports only for its own training loop or to download weights (PyTorch Lightning,
-torchvision) is stood in for: VGG16 is built here, with random weights.
+`einops`). What it imports only for its own training loop, to download weights, or from another
+library (PyTorch Lightning, torchvision, one filter of transformers) is stood in for: VGG16 is built
+here, with random weights.
 """
 
 import contextlib
@@ -103,8 +104,67 @@ class TamingReference:
             self.model.decode(vectors)
 
 
-def _import_reference():
-    """PyTorch and the reference's module of models, its other imports stood in for."""
+class TamingTransformer:
+    """The reference's GPT with given weights.
+
+    Args:
+        shape: its `vocab_size`, `block_size`, `n_layer`, `n_head` and `n_embd`.
+        state_dict: tensors `transformer.*` by its names, NumPy arrays.
+        codes: `(B, N)`, what a training step works on, behind start token 0.
+        top_k: of sampling.
+
+    Raises:
+        MissingPackages: a package that it needs is not installed.
+    """
+
+    def __init__(self, shape: dict, state_dict, codes: np.ndarray, top_k: int):
+        self.torch = _import_torch()
+        transformers = types.ModuleType("transformers")
+        transformers.top_k_top_p_filtering = self._filter
+        sys.modules.setdefault("transformers", transformers)
+        self.mingpt = importlib.import_module("taming.modules.transformer.mingpt")
+        self.model = self.mingpt.GPT(**shape)
+        tensors = {
+            name.removeprefix("transformer."): self.torch.tensor(value)
+            for name, value in state_dict.items()
+        }
+        self.model.load_state_dict(tensors, strict=False)
+        self.model.train()
+        self.optimizer = self.torch.optim.AdamW(
+            self.model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01
+        )
+        codes = self.torch.tensor(codes, dtype=self.torch.long)
+        self.start = self.torch.zeros((len(codes), 1), dtype=self.torch.long)
+        self.tokens, self.targets = self.torch.cat([self.start, codes[:, :-1]], 1), codes
+        self.top_k = top_k
+
+    def _filter(self, logits, top_k, top_p):
+        del top_p
+        smallest = self.torch.topk(logits, top_k)[0][..., -1, None]
+        return logits.masked_fill(logits < smallest, -float("inf"))
+
+    def train(self) -> None:
+        """One update."""
+        self.model.train()
+        logits, _ = self.model(self.tokens)
+        loss = self.torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), self.targets.reshape(-1)
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def sample(self) -> None:
+        """All codes of each row, with the reference's cache."""
+        self.model.eval()
+        with self.torch.inference_mode():
+            self.mingpt.sample_with_past(
+                self.start, self.model, steps=self.targets.shape[1], top_k=self.top_k
+            )
+
+
+def _import_torch():
+    """PyTorch, with all packages of the reference there."""
     try:
         torch = importlib.import_module("torch")
         for name in ("taming", "omegaconf", "tqdm", "einops"):
@@ -113,6 +173,12 @@ def _import_reference():
         raise MissingPackages(
             f"--peer needs {error.name}, which is not installed: pip install {PACKAGES}"
         ) from None
+    return torch
+
+
+def _import_reference():
+    """PyTorch and the reference's module of models, its other imports stood in for."""
+    torch = _import_torch()
 
     def vgg16(pretrained: bool = False):
         del pretrained

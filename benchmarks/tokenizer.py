@@ -10,16 +10,13 @@ are medians over the repeats. Images and weights are random: they do not change 
 """
 
 import argparse
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from comparison import compare, print_line
 from taming_reference import MissingPackages, TamingReference
 from vqgan_jax.configuration import tokenizer_config
 from vqgan_jax.inference import Tokenizer
@@ -57,7 +54,6 @@ CASES = {
         batch_size=1,
     ),
 }
-BLOCK_SECONDS = 0.5  # short calls are repeated within a block until it is about this long
 KINDS = ("train", "encode", "decode")
 
 
@@ -127,25 +123,6 @@ def random_lpips(game: Game, images: np.ndarray) -> dict:
     return jax.tree.map(draw, shapes["params"])
 
 
-def block_times(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of a call of each, measured in blocks that take turns."""
-    lengths = {}
-    for name, call in calls.items():
-        call()  # compiles
-        start = time.perf_counter()
-        call()
-        lengths[name] = max(1, round(BLOCK_SECONDS / (time.perf_counter() - start)))
-    times = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            call()  # out of the caches of the other's block
-            start = time.perf_counter()
-            for _ in range(lengths[name]):
-                call()
-            times[name].append((time.perf_counter() - start) / lengths[name])
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def measure(name: str, peer: bool, repeats: int) -> dict:
     """The figures of a case; `MissingPackages` where the peer is asked for and not installed."""
     config = case_config(name)
@@ -157,15 +134,7 @@ def measure(name: str, peer: bool, repeats: int) -> dict:
         rate = config.optimizer.base_learning_rate * batch
         contestants["peer_"] = TamingReference(config.model, ours.state_dict, images, rate)
     figures = {"case": name, "batch": batch}
-    for kind in KINDS:
-        calls = {prefix: getattr(player, kind) for prefix, player in contestants.items()}
-        for prefix, seconds in block_times(calls, repeats).items():
-            figures[f"{prefix}{kind}_s_per_image"] = seconds / batch
-    if peer:
-        for kind in KINDS:
-            own, other = figures[f"{kind}_s_per_image"], figures[f"peer_{kind}_s_per_image"]
-            figures[f"{kind}_ratio"] = other / own
-    return figures
+    return figures | compare(contestants, KINDS, batch, "image", repeats)
 
 
 def main() -> None:
@@ -180,8 +149,7 @@ def main() -> None:
             figures = measure(name, arguments.peer, arguments.repeats)
         except MissingPackages as error:
             sys.exit(f"error: {error}")
-        rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
-        print(json.dumps(rounded), flush=True)
+        print_line(figures)
 
 
 if __name__ == "__main__":

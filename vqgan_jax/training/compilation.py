@@ -12,9 +12,10 @@ from vqgan_jax.training.generator_step import generator_step
 
 @functools.cache
 def compile_options() -> dict[str, str] | None:
-    """Options for `jax.jit(..., compiler_options=)` on this backend; None for the defaults.
+    """Options for `jax.jit(..., compiler_options=)` of convolutional networks on this backend.
 
-    On the CPU, XLA's YNNPACK fusions are off: convolutions in them hardly use a second core.
+    None for the defaults. On the CPU, XLA's YNNPACK fusions are off: convolutions in them hardly
+    use a second core. Matrix products are faster in them, so transformers go without this.
     Options come and go with the compiler's version, so it is asked first.
     """
     if jax.default_backend() != "cpu":
