@@ -20,6 +20,7 @@ from vqgan_jax.configuration import (
 )
 from vqgan_jax.training.game import Game
 from vqgan_jax.training.images import prepare_images
+from vqgan_jax.training.learner import Learner
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -42,12 +43,26 @@ VARIANTS = [
 @pytest.mark.parametrize(("path", "argument"), VARIANTS)
 def test_config_file_validates_and_builds(path, argument):
     config = module_of(path).get_config(argument)
-    if config.stage != "tokenizer":
-        pytest.skip("of another stage")
     assert config.is_locked
     validate(config)
     assert from_json(to_json(config)).to_dict() == config.to_dict()
+    if config.stage == "tokenizer":
+        assert_tokenizer_builds(config)
+    else:
+        assert_transformer_builds(config)
 
+
+def assert_transformer_builds(config):
+    config.model.codebook_size, config.model.grid, config.condition.num_classes = 1024, (16, 16), 10
+    state = jax.eval_shape(Learner.from_config(config).init)
+    assert state.params["blocks"]["attention"]["out"]["kernel"].shape == (
+        config.model.num_layers,
+        config.model.width,
+        config.model.width,
+    )
+
+
+def assert_tokenizer_builds(config):
     game, side = Game.from_config(config), config.model.resolution
     label_map = config.data.num_labels > 0
     shape = (config.training.batch_size, side, side, *([] if label_map else [3]))
