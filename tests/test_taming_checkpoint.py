@@ -14,7 +14,8 @@ import yaml
 from vqgan_jax import convert
 from vqgan_jax.configuration import ConfigError, from_json, to_json, tokenizer_config
 from vqgan_jax.interop import taming
-from vqgan_jax.interop.taming_yaml import ConversionError, config_from_yaml, yaml_from_config
+from vqgan_jax.interop.taming_options import ConversionError
+from vqgan_jax.interop.taming_yaml import config_from_yaml, yaml_from_config
 from vqgan_jax.interop.torch_file import read_checkpoint, write_checkpoint
 from vqgan_jax.models.discriminator import PatchDiscriminator
 from vqgan_jax.models.vqgan import VQGAN
@@ -259,7 +260,7 @@ def test_the_yaml_sets_every_key(description):
 @pytest.mark.parametrize(
     ("path", "value", "problem"),
     [
-        ("target", "taming.models.cond_transformer.Net2NetTransformer", "its first stage"),
+        ("target", "taming.models.cond_transformer.Net2NetTransformer", "is no tokenizer"),
         ("target", "somewhere.Else", "supported are VQModel"),
         ("params.ddconfig.double_z", True, "ddconfig.double_z is True"),
         ("params.ddconfig.resamp_with_conv", False, "ddconfig.resamp_with_conv is False"),
@@ -318,7 +319,7 @@ def test_weights_that_do_not_fit_are_named(state_dict, description):
     assert "not finite (params.quant_conv.bias)" in problem(**{"quant_conv.bias": broken})
     with pytest.raises(ConversionError, match="holds no tokenizer"):
         taming.state_dict_of({"weight": np.zeros(1)})
-    with pytest.raises(ConversionError, match="a transformer's"):
+    with pytest.raises(ConversionError, match="is a transformer's"):
         taming.state_dict_of({"state_dict": {"first_stage_model.quant_conv.bias": np.zeros(1)}})
     config.discriminator.num_layers = 3
     with pytest.raises(ConversionError, match=r"main\.11\.weight"):

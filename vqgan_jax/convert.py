@@ -3,33 +3,50 @@
     python -m vqgan_jax.convert --input=last.ckpt --config=model.yaml --output=exports/imagenet
     python -m vqgan_jax.convert --reverse --input=runs/quickstart --output=quickstart.ckpt
 
+The yaml says whether it is a tokenizer or a transformer, whose export has its tokenizer inside.
 PyTorch is not needed, and nothing in a checkpoint is executed. Existing files stay as they are.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 from absl import flags
+from ml_collections import ConfigDict
 
 from vqgan_jax import commands
 from vqgan_jax.configuration import downsampling_factor
 from vqgan_jax.interop import taming, torch_file
-from vqgan_jax.interop.taming_yaml import (
-    ConversionError,
-    config_from_yaml,
-    reference_class,
-    yaml_from_config,
+from vqgan_jax.interop.taming_options import ConversionError, read_yaml
+from vqgan_jax.interop.taming_transformer import (
+    state_dict_from_transformer,
+    transformer_from_state_dict,
+    transformer_state_dict_of,
 )
+from vqgan_jax.interop.taming_transformer_yaml import (
+    is_transformer,
+    transformer_from_yaml,
+    yaml_from_transformer,
+)
+from vqgan_jax.interop.taming_yaml import config_from_yaml, reference_class, yaml_from_config
 from vqgan_jax.interop.torch_pickle import CheckpointFileError
-from vqgan_jax.training.checkpoints import read_variables, write_export
+from vqgan_jax.training.checkpoints import read_variables, tokenizer_path, write_export
 
 
 def convert(checkpoint_file: Path, description_file: Path, output: Path) -> None:
     """Writes the export `output` from a PyTorch file and its yaml, and prints what is in it."""
     if output.exists():
         raise ConversionError(f"{output} exists already; choose another --output.")
-    config = config_from_yaml(description_file)
+    project = read_yaml(description_file)
+    if is_transformer(project):
+        _convert_transformer(checkpoint_file, project, output)
+    else:
+        _convert_tokenizer(checkpoint_file, project, output)
+
+
+def _convert_tokenizer(checkpoint_file: Path, project: Mapping, output: Path) -> None:
+    config = config_from_yaml(project)
     state_dict = taming.state_dict_of(torch_file.read_checkpoint(checkpoint_file))
     variables, report = taming.variables_from_state_dict(state_dict, config)
     discriminator = taming.discriminator_from_state_dict(state_dict, config)
@@ -48,6 +65,34 @@ def convert(checkpoint_file: Path, description_file: Path, output: Path) -> None
     print(f"  python -m vqgan_jax.reconstruct --checkpoint={output} --input=PICTURES --output=seen")
 
 
+def _convert_transformer(checkpoint_file: Path, project: Mapping, output: Path) -> None:
+    description = transformer_from_yaml(project)
+    config, tokenizer = description.config, description.tokenizer
+    state_dict = transformer_state_dict_of(torch_file.read_checkpoint(checkpoint_file))
+    converted = transformer_from_state_dict(state_dict, description)
+    write_export(
+        output, config, {"params": converted.params}, tokenizer=(tokenizer, converted.tokenizer)
+    )
+
+    model, report = config.model, converted.report
+    codes, dimensions = report.codebook
+    others = description.vocab_size - codes
+    print(f"Read Net2NetTransformer from {checkpoint_file}:")
+    print(f"  parameters     {converted.parameters:,}")
+    print(f"  form           {_form(model)}")
+    print(f"  grid           {model.grid[0]}x{model.grid[1]} codes")
+    print(f"  condition      {_condition(config.condition)}")
+    if others:
+        print(f"  vocabulary     {codes:,} codes; {others:,} tokens that are none are never drawn")
+    print(
+        f"  tokenizer      {report.model} f{downsampling_factor(tokenizer.model)}, "
+        f"{codes:,} codes of {dimensions} dimensions, {report.parameters:,} parameters"
+    )
+    print(f"  left out       {_listed(report.left_out)}")
+    print(f"Wrote {output}. To draw from it:")
+    print(f"  python -m vqgan_jax.sample --checkpoint={output} --output=samples")
+
+
 def convert_back(source: Path, output: Path) -> None:
     """Writes the PyTorch file `output` and the yaml beside it from a run, checkpoint or export."""
     if output.suffix == ".yaml":
@@ -57,15 +102,26 @@ def convert_back(source: Path, output: Path) -> None:
         if path.exists():
             raise ConversionError(f"{path} exists already; choose another --output.")
     config, variables, discriminator = read_variables(source)
+    if config.stage == "transformer":
+        _convert_transformer_back(source, config, variables["params"], output, description_file)
+    else:
+        _convert_tokenizer_back(source, config, variables, discriminator, output, description_file)
+
+
+def _convert_tokenizer_back(
+    source: Path,
+    config: ConfigDict,
+    variables: Mapping,
+    discriminator: Mapping | None,
+    output: Path,
+    description_file: Path,
+) -> None:
     without = "none in the input"
     if discriminator is not None and config.discriminator.norm == "group":
         without = "left out, since the reference has none with GroupNorm"
         discriminator = None
     state_dict = taming.state_dict_from_variables(variables, config, discriminator)
-    description = yaml.safe_dump(yaml_from_config(config), sort_keys=False)
-    torch_file.write_checkpoint(output, {"state_dict": state_dict})
-    with description_file.open("x", encoding="utf-8") as file:
-        file.write(description)
+    _write(state_dict, yaml_from_config(config), output, description_file)
 
     name = reference_class(config)
     quantizer = config.model.quantizer
@@ -79,6 +135,42 @@ def convert_back(source: Path, output: Path) -> None:
     print(f"Wrote {description_file}. To read both in the reference:")
     print(f"  {name}(**config.model.params).load_state_dict(")
     print(f'      torch.load("{output}")["state_dict"], strict=False)')
+
+
+def _convert_transformer_back(
+    source: Path, config: ConfigDict, params: Mapping, output: Path, description_file: Path
+) -> None:
+    tokenizer, variables, _ = read_variables(tokenizer_path(source))
+    description = yaml_from_transformer(config, tokenizer)
+    state_dict = state_dict_from_transformer(params, config, variables, tokenizer)
+    _write(state_dict, description, output, description_file)
+
+    print(f"Wrote Net2NetTransformer of {source} to {output}:")
+    print(f"  tensors        {len(state_dict)}")
+    print(f"  form           {_form(config.model)}")
+    print(f"  condition      {_condition(config.condition)}")
+    print(f"  tokenizer      {reference_class(tokenizer)} f{downsampling_factor(tokenizer.model)}")
+    print("  left out       optimizer states")
+    print(f"Wrote {description_file}. To read both in the reference:")
+    print("  Net2NetTransformer(**config.model.params).load_state_dict(")
+    print(f'      torch.load("{output}")["state_dict"])')
+
+
+def _write(state_dict: Mapping, description: Mapping, output: Path, description_file: Path) -> None:
+    text = yaml.safe_dump(description, sort_keys=False)
+    torch_file.write_checkpoint(output, {"state_dict": state_dict})
+    with description_file.open("x", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _form(model: ConfigDict) -> str:
+    return f"{model.num_layers} layers of {model.width} channels, {model.num_heads} heads"
+
+
+def _condition(condition: ConfigDict) -> str:
+    if condition.kind == "class":
+        return f"one of {condition.num_classes:,} classes"
+    return "none, a start token"
 
 
 def _listed(groups: dict[str, int]) -> str:

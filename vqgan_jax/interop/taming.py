@@ -12,7 +12,7 @@ is only how each part of a name is called over there.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from vqgan_jax.interop.taming_yaml import ConversionError, reference_class
+from vqgan_jax.interop.taming_options import ConversionError
+from vqgan_jax.interop.taming_yaml import reference_class
 from vqgan_jax.models.discriminator import PatchDiscriminator
 from vqgan_jax.models.nearest import l2_normalize
 from vqgan_jax.models.vqgan import VQGAN
@@ -138,20 +139,34 @@ def _tensor(shape: tuple[int, ...], path: tuple[str, ...]) -> _Tensor:
     return _Tensor(shape, path)
 
 
-def state_dict_of(checkpoint: Mapping) -> dict[str, np.ndarray]:
-    """The state dict in a checkpoint as `torch_file.read_checkpoint` reads it: inside or bare."""
+def tensors_of(checkpoint: Mapping) -> dict[str, np.ndarray]:
+    """The state dict in a checkpoint as `torch_file.read_checkpoint` reads it: inside or bare.
+
+    Raises:
+      ConversionError: it is no dictionary.
+    """
     state_dict = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state_dict, Mapping):
         raise ConversionError("The checkpoint's state_dict is no dictionary of tensors.")
-    tensors = {name: value for name, value in state_dict.items() if isinstance(value, np.ndarray)}
-    if any(name.startswith("first_stage_model.") for name in tensors):
+    return {name: value for name, value in state_dict.items() if isinstance(value, np.ndarray)}
+
+
+def state_dict_of(checkpoint: Mapping) -> dict[str, np.ndarray]:
+    """The state dict of a tokenizer's checkpoint, as of `tensors_of`.
+
+    Raises:
+      ConversionError: it holds none, or that of a transformer.
+    """
+    tensors = tensors_of(checkpoint)
+    if any(name.startswith(("transformer.", "first_stage_model.")) for name in tensors):
         raise ConversionError(
-            "The checkpoint is a transformer's; convert the tokenizer that it was trained on."
+            "The yaml describes a tokenizer and the checkpoint is a transformer's: it takes the "
+            "yaml whose model.target is Net2NetTransformer."
         )
     if not any(name.startswith(("encoder.", "decoder.")) for name in tensors):
         raise ConversionError(
             "The checkpoint holds no tokenizer: it has no tensors encoder.* and decoder.*; "
-            f"it has {_some(map(str, checkpoint))}."
+            f"it has {some(map(str, checkpoint))}."
         )
     return tensors
 
@@ -281,14 +296,10 @@ def _check_sizes(state_dict: Mapping[str, np.ndarray], config: ConfigDict) -> No
 
 
 def _convert(state_dict: Mapping[str, np.ndarray], tensors: dict[str, _Tensor]) -> dict:
-    _check_shapes({name: np.shape(value) for name, value in state_dict.items()}, tensors)
+    found = {name: np.shape(value) for name, value in state_dict.items()}
+    check_shapes(found, {name: tensor.shape for name, tensor in tensors.items()})
     ours = {tensor.path: tensor.ours(state_dict[name]) for name, tensor in tensors.items()}
-    broken = [".".join(path) for path, value in ours.items() if not np.isfinite(value).all()]
-    if broken:
-        raise ConversionError(
-            f"{len(broken)} tensors hold values that are not finite ({_some(broken)}): the "
-            "training had failed; take an earlier checkpoint."
-        )
+    check_finite({".".join(path): value for path, value in ours.items()})
     return unflatten_dict(ours)
 
 
@@ -303,20 +314,33 @@ def _convert_back(variables: Mapping, tensors: dict[str, _Tensor]) -> dict[str, 
         theirs_shapes[names.get(path, "/".join(path))] = (
             (1, *shape, 1, 1) if channels else _tensor(shape, path).shape
         )
-    _check_shapes(theirs_shapes, tensors)
+    check_shapes(theirs_shapes, {name: tensor.shape for name, tensor in tensors.items()})
     return {name: tensor.theirs(leaves[tensor.path]) for name, tensor in tensors.items()}
 
 
-def _check_shapes(found: dict[str, tuple[int, ...]], tensors: dict[str, _Tensor]) -> None:
-    missing = [f"{name} {tensors[name].shape}" for name in tensors if name not in found]
-    unexpected = [f"{name} {shape}" for name, shape in found.items() if name not in tensors]
+def check_finite(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises `ConversionError` where weights are not numbers, naming them."""
+    broken = [name for name, value in arrays.items() if not np.isfinite(value).all()]
+    if broken:
+        raise ConversionError(
+            f"{len(broken)} tensors hold values that are not finite ({some(broken)}): the "
+            "training had failed; take an earlier checkpoint."
+        )
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises `ConversionError` unless names and shapes are the same, naming those that differ."""
+    missing = [f"{name} {expected[name]}" for name in expected if name not in found]
+    unexpected = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
     wrong = [
-        f"{name} {found[name]} instead of {tensor.shape}"
-        for name, tensor in tensors.items()
-        if name in found and found[name] != tensor.shape
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
     ]
     problems = [
-        f"{len(names)} {what} ({_some(names)})"
+        f"{len(names)} {what} ({some(names)})"
         for what, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -330,6 +354,7 @@ def _check_shapes(found: dict[str, tuple[int, ...]], tensors: dict[str, _Tensor]
         )
 
 
-def _some(names) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first few names, for an error message."""
     names = list(names)
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

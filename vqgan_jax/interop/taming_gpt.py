@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vqgan_jax.interop.taming_yaml import ConversionError
+from vqgan_jax.interop.taming_options import ConversionError
 
 # Within a block: theirs and ours.
 _LAYERS = {
@@ -42,6 +42,35 @@ def _block_names() -> dict[str, str]:
 
 
 _BLOCK = _block_names()
+
+
+def gpt_shapes(
+    vocab_size: int, block_size: int, num_layers: int, width: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that the tensors `transformer.*` of such a GPT have, without masks."""
+    shapes = {
+        "pos_emb": (1, block_size, width),
+        "tok_emb.weight": (vocab_size, width),
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+        "head.weight": (vocab_size, width),
+    }
+    for layer in range(num_layers):
+        for name in _BLOCK:
+            outputs = 4 * width if name.startswith("mlp.0.") else width
+            inputs = 4 * width if name.startswith("mlp.2.") else width
+            matrix = name.endswith(".weight") and not name.startswith("ln")
+            shapes[f"blocks.{layer}.{name}"] = (outputs, inputs) if matrix else (outputs,)
+    return {f"transformer.{name}": shape for name, shape in shapes.items()}
+
+
+def gpt_masks(num_layers: int, block_size: int, num_unmasked: int) -> dict[str, np.ndarray]:
+    """The buffers of who sees whom, which the reference wants to find in a state dict."""
+    mask = np.tril(np.ones((block_size, block_size), np.float32))
+    mask[:num_unmasked, :num_unmasked] = 1.0
+    return {
+        f"transformer.blocks.{layer}.attn.mask": mask[None, None] for layer in range(num_layers)
+    }
 
 
 def gpt_params_from_state_dict(state_dict: Mapping[str, np.ndarray]) -> dict:

@@ -4,10 +4,20 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
 from ml_collections import ConfigDict
 
 from vqgan_jax.configuration import tokenizer_config, validate
+from vqgan_jax.interop.taming_options import (
+    ConversionError,
+    assign,
+    class_name,
+    model_part,
+    number,
+    part,
+    read_yaml,
+    require_fixed,
+    values,
+)
 
 _MODELS = "taming.models.vqgan."
 _LOSSES = "taming.modules.losses."
@@ -70,10 +80,6 @@ _FIXED_LOSS = {
 _UNUSED_LOSS = ("pixelloss_weight", "n_classes", "disc_in_channels", "use_actnorm")
 
 
-class ConversionError(ValueError):
-    """A description or state dict that cannot be converted; says what differs and where."""
-
-
 def reference_class(config: ConfigDict) -> str:
     """The reference's class of a config's model."""
     if config.model.quantizer.kind == "gumbel":
@@ -95,73 +101,69 @@ def config_from_yaml(source: Mapping | str | os.PathLike) -> ConfigDict:
       ConversionError: the file is no such description, or asks for what is not supported.
       configuration.ConfigError: the values do not make a working model.
     """
-    project = source if isinstance(source, Mapping) else _load(Path(source))
-    description = project.get("model", project)
-    if not isinstance(description, Mapping) or "target" not in description:
-        raise ConversionError(
-            "The yaml has no model.target: it is no model description of the reference."
-        )
-    name = str(description["target"]).rpartition(".")[2]
+    project = source if isinstance(source, Mapping) else read_yaml(Path(source))
+    description = model_part(project)
+    name = class_name(description)
     if name not in _CLASSES:
-        hint = " (convert the tokenizer, its first stage)" if "Transformer" in name else ""
         raise ConversionError(
-            f"model.target is {description['target']}{hint}; supported are {', '.join(_CLASSES)}."
+            f"model.target is {description['target']}, which is no tokenizer; supported are "
+            f"{', '.join(_CLASSES)}."
         )
-    params = _part(description, "params", "model.params")
+    params = part(description, "params", "model.params")
     config = tokenizer_config()
 
-    network = _part(params, "ddconfig", "model.params.ddconfig")
-    _require_fixed(network, _FIXED_NETWORK, "ddconfig")
-    _assign(config, network, _NETWORK, "ddconfig", required=set(_NETWORK) - {"dropout"})
+    network = part(params, "ddconfig", "model.params.ddconfig")
+    require_fixed(network, _FIXED_NETWORK, "ddconfig")
+    assign(config, network, _NETWORK, "ddconfig", required=set(_NETWORK) - {"dropout"})
     if params.get("remap") is not None:
         raise ConversionError("model.params.remap (a reduced codebook) is not supported.")
     quantizer = {
         "n_embed": ("model.quantizer.codebook_size", int),
         "embed_dim": ("model.quantizer.code_dim", int),
     }
-    _assign(config, params, quantizer, "params", required=set(quantizer))
+    assign(config, params, quantizer, "params", required=set(quantizer))
     config.data.image_key = str(params.get("image_key", "image"))
 
     if name == "GumbelVQ":
         config.model.quantizer.kind = "gumbel"
-        _assign(config, params, {"kl_weight": ("loss.kl", float)}, "params")
-        schedule = _part(params, "temperature_scheduler_config", "temperature_scheduler_config", {})
+        assign(config, params, {"kl_weight": ("loss.kl", float)}, "params")
+        schedule = part(params, "temperature_scheduler_config", "temperature_scheduler_config", {})
         where = "temperature_scheduler_config.params"
-        _assign(config, _part(schedule, "params", where, {}), _TEMPERATURE, where)
+        assign(config, part(schedule, "params", where, {}), _TEMPERATURE, where)
         if config.model.latent_channels != config.model.quantizer.code_dim:
             raise ConversionError("GumbelVQ needs embed_dim equal to ddconfig.z_channels.")
     if name == "VQSegmentationModel":
         labels = {"n_labels": ("data.num_labels", int)}
-        _assign(config, params, labels, "params", required=set(labels))
-    _assign_loss(config, _part(params, "lossconfig", "lossconfig", {"target": _NO_LOSS}))
+        assign(config, params, labels, "params", required=set(labels))
+    _assign_loss(config, part(params, "lossconfig", "lossconfig", {"target": _NO_LOSS}))
 
     rate = {"base_learning_rate": ("optimizer.base_learning_rate", float)}
-    _assign(config, description, rate, "model")
+    assign(config, description, rate, "model")
     batch = {"batch_size": ("training.batch_size", int)}
-    data = _part(project, "data", "data", {})
-    _assign(config, _part(data, "params", "data.params", {}), batch, "data.params")
+    data = part(project, "data", "data", {})
+    assign(config, part(data, "params", "data.params", {}), batch, "data.params")
     validate(config)
     return config
 
 
 def _assign_loss(config: ConfigDict, description: Mapping) -> None:
     target = str(description.get("target", ""))
-    params = _part(description, "params", "lossconfig.params", {})
-    name = target.rpartition(".")[2]
+    params = part(description, "params", "lossconfig.params", {})
+    name = class_name(description)
     labels = name == _LABEL_LOSS.rpartition(".")[2]
     if bool(config.data.num_labels) != labels and name != _NO_LOSS.rpartition(".")[2]:
         raise ConversionError(f"lossconfig.target {target} does not fit the model's target.")
     if labels:
-        _assign(config, params, {"codebook_weight": _LOSS["codebook_weight"]}, "lossconfig.params")
+        assign(config, params, {"codebook_weight": _LOSS["codebook_weight"]}, "lossconfig.params")
     elif name == _IMAGE_LOSS.rpartition(".")[2]:
         known = {*_LOSS, *_FIXED_LOSS, *_UNUSED_LOSS}
         unknown = [key for key in params if key not in known]
         if unknown:
             raise ConversionError(f"lossconfig.params.{unknown[0]} is not supported.")
-        _require_fixed(params, _FIXED_LOSS, "lossconfig.params")
-        _assign(config, {**_LOSS_DEFAULTS, **params}, _LOSS, "lossconfig.params", {"disc_start"})
+        require_fixed(params, _FIXED_LOSS, "lossconfig.params")
+        assign(config, {**_LOSS_DEFAULTS, **params}, _LOSS, "lossconfig.params", {"disc_start"})
         config.discriminator.norm = "act" if params.get("use_actnorm", False) else "batch"
-        channels = _number(params, "disc_in_channels", int, 3)
+        channels = number(params, "disc_in_channels", int, 3)
         if channels != config.model.out_channels:
             raise ConversionError(
                 f"lossconfig.params.disc_in_channels is {channels}, and ddconfig.out_ch is "
@@ -197,7 +199,7 @@ def yaml_from_config(config: ConfigDict) -> dict:
     options = config.optimizer
     rate = options.learning_rate / config.training.batch_size or options.base_learning_rate
     name = reference_class(config)
-    network = {"double_z": False, **_values(config, _NETWORK)}
+    network = {"double_z": False, **values(config, _NETWORK)}
     params = {
         "ddconfig": {
             key: list(value) if isinstance(value, tuple) else value
@@ -210,7 +212,7 @@ def yaml_from_config(config: ConfigDict) -> dict:
     }
     if name == "GumbelVQ":
         params["kl_weight"] = config.loss.kl
-        schedule = {"target": _SCHEDULER, "params": _values(config, _TEMPERATURE)}
+        schedule = {"target": _SCHEDULER, "params": values(config, _TEMPERATURE)}
         params["temperature_scheduler_config"] = schedule
     if name == "VQSegmentationModel":
         params["n_labels"] = config.data.num_labels
@@ -230,79 +232,9 @@ def _loss_description(config: ConfigDict) -> dict:
     if not expressible:
         return {"target": _LOSSES + _NO_LOSS}
     params = {
-        **_values(config, _LOSS),
+        **values(config, _LOSS),
         "disc_in_channels": config.model.out_channels,
         "disc_conditional": False,
         "use_actnorm": discriminator.norm == "act",
     }
     return {"target": _LOSSES + _IMAGE_LOSS, "params": params}
-
-
-def _load(path: Path) -> Mapping:
-    try:
-        project = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConversionError(f"{path}: there is no such file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{path}: is no yaml file ({reason}).") from None
-    if not isinstance(project, Mapping):
-        raise ConversionError(f"{path}: is no model description of the reference.")
-    return project
-
-
-def _part(parent: Mapping, key: str, where: str, default: Mapping | None = None) -> Mapping:
-    part = parent.get(key)
-    if part is None:
-        part = default
-    if not isinstance(part, Mapping):
-        raise ConversionError(f"The yaml's {where} is missing or no table of options.")
-    return part
-
-
-def _require_fixed(options: Mapping, fixed: Mapping, where: str) -> None:
-    for key, (default, supported) in fixed.items():
-        value = options.get(key, default)
-        if value != supported:
-            raise ConversionError(f"{where}.{key} is {value}; only {supported} is supported.")
-
-
-def _assign(
-    config: ConfigDict,
-    options: Mapping,
-    table: Mapping,
-    where: str,
-    required: set[str] = frozenset(),
-) -> None:
-    for key, (path, kind) in table.items():
-        if key not in options:
-            if key in required:
-                raise ConversionError(f"The yaml lacks {where}.{key}.")
-            continue
-        config.update_from_flattened_dict({path: _number(options, key, kind)})
-
-
-def _number(options: Mapping, key: str, kind: type, default=None):
-    value = options.get(key, default)
-    try:
-        # plain yaml reads 1e-6 as text, the reference's reader as a number
-        if kind is tuple:
-            return tuple(int(item) for item in value)
-        if kind is int and int(value) != float(value):
-            raise ValueError
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ConversionError(
-            f"The yaml's {key} is {value!r}; it must be "
-            f"{'a list of whole numbers' if kind is tuple else 'of type ' + kind.__name__}."
-        ) from None
-
-
-def _values(config: ConfigDict, table: Mapping) -> dict:
-    flat = {}
-    for key, (path, _) in table.items():
-        value = config
-        for part in path.split("."):
-            value = value[part]
-        flat[key] = value
-    return flat
