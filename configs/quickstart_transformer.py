@@ -39,9 +39,9 @@ def get_config(arg: str = ""):
     config.optimizer.ema_decay = 0.99
 
     config.training.batch_size = 16
-    config.training.num_steps = 1000
-    config.training.evaluate_every = 500
-    config.training.checkpoint_every = 250
+    config.training.num_steps = 400
+    config.training.evaluate_every = 200
+    config.training.checkpoint_every = 100
     config.training.log_every = 25
     config.training.grid_images = 16
     config.sampling.top_p = 0.95

@@ -54,6 +54,32 @@ def reference_run_in_float64(shared_directory, run_inputs):
     return runs.made_once(shared_directory / "reference_in_float64", make)
 
 
+@pytest.fixture(scope="session")
+def transformer_inputs(shared_directory):
+    """Tokenizer, images and codes for `tiny_transformer_config.py`, by the environment."""
+    import training_runs as runs
+    import transformer_runs
+
+    directory = shared_directory / "transformer_inputs"
+    runs.made_once(directory, transformer_runs.write_inputs)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in transformer_runs.inputs_environment(directory).items():
+            environment.setenv(name, value)
+        yield transformer_runs.Inputs(directory)
+
+
+@pytest.fixture(scope="session")
+def transformer_run(shared_directory, transformer_inputs):
+    """A run of `tiny_transformer_config.py` on one device that nothing interrupted."""
+    import training_runs as runs
+    import transformer_runs
+
+    def make(directory):
+        runs.run(directory, config=transformer_runs.CONFIG)
+
+    return runs.made_once(shared_directory / "transformer_run", make)
+
+
 @pytest.fixture
 def float64():
     """Double precision within the test, in all threads."""

@@ -20,7 +20,7 @@ import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "tests" / "tiny_config.py"
-TIMINGS = ("images_per_second", "data_wait")
+TIMINGS = ("images_per_second", "codes_per_second", "data_wait")
 TIMEOUT = 600  # seconds for any process; a hang fails instead of standing still
 
 
@@ -59,7 +59,7 @@ def made_once(directory, make):
     return directory
 
 
-def start(workdir, *arguments, devices=1, process=None, dtype="float32"):
+def start(workdir, *arguments, devices=1, process=None, dtype="float32", config=CONFIG):
     """`python -m vqgan_jax.train` in a process of its own.
 
     `process` is (index, count, port) for one of several processes of a run.
@@ -76,7 +76,7 @@ def start(workdir, *arguments, devices=1, process=None, dtype="float32"):
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(index),
         }
-    command = [sys.executable, "-m", "vqgan_jax.train", f"--config={CONFIG}:{dtype}"]
+    command = [sys.executable, "-m", "vqgan_jax.train", f"--config={config}:{dtype}"]
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *arguments],
         env=environment,

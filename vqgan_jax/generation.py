@@ -1,5 +1,6 @@
 """Trained transformers for other programs: codes and images drawn from them."""
 
+import copy
 import functools
 import hashlib
 import math
@@ -14,11 +15,11 @@ from ml_collections import ConfigDict
 from vqgan_jax.inference import Tokenizer
 from vqgan_jax.sampling.decoding import sample_codes
 from vqgan_jax.sampling.filters import Filters
-from vqgan_jax.sampling.guidance import guidance_scales
+from vqgan_jax.sampling.guidance import SCHEDULES, guidance_scales
 from vqgan_jax.sampling.likelihood import log_likelihood
 from vqgan_jax.training.compilation import compile_options
 from vqgan_jax.training.learner import make_conditions, make_transformer
-from vqgan_jax.training.pictures import intensities_to_rgb
+from vqgan_jax.training.pictures import intensities_to_rgb, label_colors
 
 Condition = int | str | Sequence[int] | Sequence[str] | np.ndarray | None
 
@@ -47,6 +48,18 @@ class Generator:
         self._num_devices = len(devices)
         self._rows = NamedSharding(mesh, PartitionSpec("data"))
         self._whole = NamedSharding(mesh, PartitionSpec())
+        # Compiled when they are first used, and shared by what `with_params` makes.
+        self._draw = self._on_each_device(self._draw_rows, 4)
+        self._decode = self._on_each_device(self._decode_rows, 1, compile_options())
+        self._likelihood = jax.jit(self._log_likelihood)
+
+    def with_params(self, params) -> "Generator":
+        """The same with other parameters, without compiling anything anew."""
+        other = copy.copy(self)
+        other.params = params
+        for name in ("_params", "fingerprint"):
+            vars(other).pop(name, None)
+        return other
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -67,11 +80,12 @@ class Generator:
         grid = self._grid(height, width)
         codes = self.sample_codes(seed, num_samples, **options)
         size = self._rows_at_once(options.get("batch_size"), num_samples)
+        parts = _padded_parts(codes.reshape(-1, *grid), size)
         images = [
-            intensities_to_rgb(np.asarray(self.tokenizer.decode(part)))
-            for part in _padded_parts(codes.reshape(-1, *grid), size)
+            self._decode(self._tokenizer_variables, jax.device_put(part, self._rows))
+            for part in parts
         ]
-        return np.concatenate(images)[:num_samples]
+        return np.concatenate([self._to_rgb(part) for part in images])[:num_samples]
 
     def sample_codes(
         self,
@@ -118,28 +132,18 @@ class Generator:
             ValueError: an option cannot be.
         """
         self._grid(height, width)
-        defaults = self.config.sampling
-        temperature = defaults.temperature if temperature is None else temperature
-        top_k = defaults.top_k if top_k is None else top_k
-        top_p = defaults.top_p if top_p is None else top_p
-        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        schedule = guidance_schedule or defaults.guidance_schedule
         _check(num_samples >= 1, f"num_samples is {num_samples}; it must be at least 1.")
-        _check(temperature >= 0.0, f"temperature is {temperature}; it must not be negative.")
-        _check(top_k >= 0, f"top_k is {top_k}; it must not be negative.")
-        _check(0.0 < top_p <= 1.0, f"top_p is {top_p}; it must be in (0, 1].")
-        _check(
-            scale == 1.0 or self.config.condition.dropout > 0.0,
-            "guidance needs a model that was trained without classes too "
-            "(config.condition.dropout).",
-        )
+        settings = self.settings(temperature, top_k, top_p, guidance_scale, guidance_schedule)
         labels = self.labels(condition, num_samples)
+        top_p, scale = settings["top_p"], settings["guidance_scale"]
         filters = Filters(
-            temperature=np.float32(temperature),
+            temperature=np.float32(settings["temperature"]),
             top_p=None if top_p == 1.0 else np.float32(top_p),
-            top_k=min(top_k, self.config.model.codebook_size),
+            top_k=min(settings["top_k"], self.config.model.codebook_size),
         )
-        scales = None if scale == 1.0 else guidance_scales(scale, self.num_codes, schedule)
+        scales = None
+        if scale != 1.0:
+            scales = guidance_scales(scale, self.num_codes, settings["guidance_schedule"])
         known, known_mask = self._known(known, known_mask, num_samples)
         indices = np.asarray(range(num_samples) if indices is None else indices, np.uint32)
         _check(len(indices) == num_samples, f"{len(indices)} indices for {num_samples} samples.")
@@ -152,17 +156,65 @@ class Generator:
             drawn.append(self._draw(self._params, jax.random.key(seed), filters, scales, *rows))
         return np.concatenate(jax.device_get(drawn))[:num_samples]
 
+    def settings(
+        self,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+    ) -> dict[str, float | int | str]:
+        """How codes are drawn with these options of `sample_codes`, by name; none is None.
+
+        Raises:
+            ValueError: an option cannot be.
+        """
+        given = dict(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+        )
+        defaults = self.config.sampling
+        found = {name: defaults[name] if v is None else v for name, v in given.items()}
+        temperature, top_k, top_p, scale, schedule = found.values()
+        _check(temperature >= 0.0, f"temperature is {temperature}; it must not be negative.")
+        _check(top_k >= 0, f"top_k is {top_k}; it must not be negative.")
+        _check(0.0 < top_p <= 1.0, f"top_p is {top_p}; it must be in (0, 1].")
+        _check(
+            scale == 1.0 or self.config.condition.dropout > 0.0,
+            "guidance needs a model that was trained without classes too "
+            "(config.condition.dropout).",
+        )
+        _check(
+            schedule in SCHEDULES,
+            f"guidance_schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}.",
+        )
+        return found
+
     def log_likelihood(self, codes: np.ndarray, condition: Condition = None) -> np.ndarray:
         """The logarithm of each code's probability given those before it, in nats.
 
         Args:
-            codes: `(B, N)` integers.
+            codes: `(B, N)` or, as a tokenizer gives them, `(B, h, w)` integers.
             condition: as of `sample_codes`.
 
         Returns:
             `(B, N)` float32.
+
+        Raises:
+            ValueError: they are not codes of this model's grid.
         """
         codes = np.asarray(codes, np.int32)
+        rows, columns = self.config.model.grid
+        _check(
+            codes.shape[1:] in ((self.num_codes,), (rows, columns)),
+            f"codes have shape {codes.shape}; this model's are (B, {rows}, {columns}) or "
+            f"(B, {self.num_codes}).",
+        )
+        self._check_range(codes, "codes")
+        codes = codes.reshape(len(codes), self.num_codes)
         labels = self.labels(condition, len(codes))
         return np.asarray(self._likelihood(self._params, labels, codes))
 
@@ -204,11 +256,13 @@ class Generator:
             return np.zeros(shape, np.int32), np.zeros(shape, bool)
         _check(known_mask is not None, "known codes need known_mask, which says where they are.")
         known = np.broadcast_to(np.asarray(known, np.int32), shape)
-        size = self.config.model.codebook_size
-        _check(
-            known.min() >= 0 and known.max() < size, f"known codes are outside of 0 to {size - 1}."
-        )
+        self._check_range(known, "known codes")
         return known, np.broadcast_to(np.asarray(known_mask, bool), shape)
+
+    def _check_range(self, codes: np.ndarray, name: str) -> None:
+        size = self.config.model.codebook_size
+        inside = codes.size == 0 or (codes.min() >= 0 and codes.max() < size)
+        _check(inside, f"{name} are outside of 0 to {size - 1}.")
 
     def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         rows, columns = self.config.model.grid
@@ -226,34 +280,55 @@ class Generator:
         return jax.device_put(self.params, self._whole)
 
     @functools.cached_property
-    def _draw(self):
-        def draw(params, key, filters, scales, labels, indices, known, known_mask):
-            condition = self.config.condition
-            null = None
-            if scales is not None:
-                null = make_conditions(condition, jnp.full_like(labels, -1))
-            return sample_codes(
-                self._transformer,
-                params,
-                make_conditions(condition, labels),
-                key,
-                indices,
-                filters,
-                known,
-                known_mask,
-                null,
-                scales,
-            )
+    def _tokenizer_variables(self):
+        return jax.device_put(self.tokenizer.variables, self._whole)
 
-        return jax.jit(draw, out_shardings=self._rows, compiler_options=compile_options())
+    def _on_each_device(self, function, num_whole: int, options: dict | None = None):
+        """A function of rows, compiled for one device's rows, so that others do not matter.
 
-    @functools.cached_property
-    def _likelihood(self):
-        def likelihood(params, labels, codes):
-            conditions = make_conditions(self.config.condition, labels)
-            return log_likelihood(self._transformer, params, conditions, codes)
+        Its first `num_whole` arguments are for all rows; of the others each device has its own.
+        """
 
-        return jax.jit(likelihood, compiler_options=compile_options())
+        def on_each_device(*arguments):
+            whole, rows = PartitionSpec(), PartitionSpec("data")
+            specs = (whole,) * num_whole + (rows,) * (len(arguments) - num_whole)
+            return jax.shard_map(
+                function, mesh=self._rows.mesh, in_specs=specs, out_specs=rows, check_vma=False
+            )(*arguments)
+
+        return jax.jit(on_each_device, compiler_options=options)
+
+    def _draw_rows(self, params, key, filters, scales, labels, indices, known, known_mask):
+        condition = self.config.condition
+        null = None
+        if scales is not None:
+            null = make_conditions(condition, jnp.full_like(labels, -1))
+        return sample_codes(
+            self._transformer,
+            params,
+            make_conditions(condition, labels),
+            key,
+            indices,
+            filters,
+            known,
+            known_mask,
+            null,
+            scales,
+        )
+
+    def _decode_rows(self, variables, codes):
+        return self.tokenizer.module.apply(variables, codes, method="decode")
+
+    def _log_likelihood(self, params, labels, codes):
+        conditions = make_conditions(self.config.condition, labels)
+        return log_likelihood(self._transformer, params, conditions, codes)
+
+    def _to_rgb(self, decoded: jax.Array) -> np.ndarray:
+        """What the tokenizer decodes, as pictures: label maps in their colours."""
+        num_labels = self.tokenizer.config.data.num_labels
+        if num_labels > 0:
+            return label_colors(num_labels)[np.argmax(decoded, axis=-1)]
+        return intensities_to_rgb(np.asarray(decoded))
 
 
 def _check(condition: bool, message: str) -> None:

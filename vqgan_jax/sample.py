@@ -12,15 +12,18 @@ says. The same command makes what is missing of an output that was begun.
 
 import io
 import json
+import math
 import os
 import pathlib
 import time
+import zipfile
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from absl import flags
-from PIL import Image, ImageDraw
+from jax.experimental import multihost_utils
+from PIL import Image, ImageDraw, ImageFont
 
 from vqgan_jax import commands
 from vqgan_jax.data.errors import DataError
@@ -28,7 +31,7 @@ from vqgan_jax.data.errors import DataError
 FORMATS = ("png", "grid", "npz")
 GRID, ARRAYS, SETTINGS = "grid.png", "samples.npz", "settings.json"
 GRID_SAMPLES, GRID_COLUMNS, GRID_SIDE = 64, 8, 128
-LABEL_WIDTH = 180
+FONT_SIZE, MARGIN = 14, 6
 
 
 def sample(
@@ -76,21 +79,37 @@ def sample(
         labels = generator.labels(list(classes), len(classes)) if classes else None
     except ValueError as error:
         raise DataError(f"--class: {error}") from error
+    try:
+        options = generator.settings(**options)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
+    # Nothing is written before everything is known to be right.
     settings = {"seed": seed, "classes": None if labels is None else labels.tolist()} | options
-    begin(output, settings | {"model": generator.fingerprint})
-    of_sample = None if labels is None else labels[np.arange(num_samples) % len(labels)]
-    draw_missing(generator, output, num_samples, of_sample, batch_size, seed, options)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("samples are drawn")
+    settings |= {"model": generator.fingerprint}
+    compare(output, settings)
+    multihost_utils.sync_global_devices("sample: compared")
     if jax.process_index() == 0:
-        finish(generator, output, num_samples, of_sample, formats)
+        output.mkdir(parents=True, exist_ok=True)
+        if not (output / SETTINGS).exists():
+            write_atomically(output / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
+    multihost_utils.sync_global_devices("sample: begun")
+
+    of_sample = None if labels is None else labels[np.arange(num_samples) % len(labels)]
+    if "png" in formats or stored_samples(output / ARRAYS) != num_samples:
+        draw_missing(generator, output, num_samples, of_sample, batch_size, seed, options)
+        multihost_utils.sync_global_devices("sample: drawn")
+        if jax.process_index() == 0:
+            finish(generator, output, num_samples, of_sample, formats)
+    if jax.process_index() == 0:
+        if "png" not in formats:
+            for index in range(num_samples):
+                path_of(output, index).unlink(missing_ok=True)
+        print(f"{output} has {num_samples} samples: {', '.join(formats)}.")
 
 
-def begin(output: pathlib.Path, settings: dict) -> None:
-    """Makes the directory, or checks that what is there was begun with the same settings."""
+def compare(output: pathlib.Path, settings: dict) -> None:
+    """Raises `DataError` where `output` is not new, empty, or begun with the same settings."""
     file = output / SETTINGS
     if file.is_file():
         stored = json.loads(file.read_text())
@@ -102,10 +121,18 @@ def begin(output: pathlib.Path, settings: dict) -> None:
                 "choose another --output."
             )
         return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not (output.is_dir() and set(output.iterdir()) <= leftovers(output)):
         raise DataError(f"{output} exists and is not empty; choose another --output.")
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def stored_samples(path: pathlib.Path) -> int:
+    """How many samples an archive of `finish` has, 0 where there is none, without reading them."""
+    if not path.exists():
+        return 0
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as array:
+        np.lib.format.read_magic(array)
+        shape, _, _ = np.lib.format.read_array_header_1_0(array)
+    return shape[0]
 
 
 def draw_missing(generator, output, num_samples, labels, batch_size, seed, options) -> None:
@@ -123,18 +150,17 @@ def draw_missing(generator, output, num_samples, labels, batch_size, seed, optio
     start, done = time.perf_counter(), 0
     for indices in todo:
         full = np.concatenate([indices, np.repeat(indices[-1:], size - len(indices))])
-        try:
-            images = generator.sample(
-                seed,
-                len(full),
-                condition=None if labels is None else labels[full],
-                indices=full,
-                batch_size=batch_size,
-                **options,
-            )
-        except ValueError as error:
-            raise DataError(str(error)) from error
+        images = generator.sample(
+            seed,
+            len(full),
+            condition=None if labels is None else labels[full],
+            indices=full,
+            batch_size=batch_size,
+            **options,
+        )
         for index, image in zip(indices, images, strict=False):
+            if path_of(output, index).exists():
+                continue
             encoded = io.BytesIO()
             Image.fromarray(image).save(encoded, format="png")
             write_atomically(path_of(output, index), encoded.getvalue())
@@ -146,6 +172,8 @@ def draw_missing(generator, output, num_samples, labels, batch_size, seed, optio
 
 def finish(generator, output, num_samples, labels, formats) -> None:
     """Writes the overview and the arrays, from the PNGs."""
+    for path in leftovers(output):
+        path.unlink()
     paths = [path_of(output, index) for index in range(num_samples)]
     if "grid" in formats:
         shown = labelled_grid(
@@ -156,14 +184,11 @@ def finish(generator, output, num_samples, labels, formats) -> None:
         shown.save(output / GRID)
     if "npz" in formats:
         images = np.stack([np.asarray(Image.open(path)) for path in paths])
-        encoded = io.BytesIO()
         arrays = {"arr_0": images} | ({} if labels is None else {"labels": labels})
-        np.savez(encoded, **arrays)
-        write_atomically(output / ARRAYS, encoded.getbuffer())
-    if "png" not in formats:
-        for path in paths:
-            path.unlink()
-    print(f"Wrote {num_samples} samples to {output}: {', '.join(formats)}.")
+        temporary = partial_path(output / ARRAYS)
+        with temporary.open("wb") as file:  # not by way of memory, where they are already once
+            np.savez(file, **arrays)
+        temporary.replace(output / ARRAYS)
 
 
 def labelled_grid(
@@ -184,7 +209,8 @@ def labelled_grid(
         ]
     scale = max(1, GRID_SIDE // images[0].shape[0])
     height, width = (size * scale for size in images[0].shape[:2])
-    left = 0 if labels is None else LABEL_WIDTH
+    longest = max(ImageFont.load_default(FONT_SIZE).getlength(name) for name, _ in rows)
+    left = 0 if labels is None else math.ceil(longest) + 2 * MARGIN
     columns = min(GRID_COLUMNS, max(len(row) for _, row in rows))
     grid = Image.new(
         "RGB", (left + columns * (width + 2) - 2, len(rows) * (height + 2) - 2), "white"
@@ -193,7 +219,8 @@ def labelled_grid(
     for number, (name, row) in enumerate(rows):
         top = number * (height + 2)
         if left:
-            text.text((6, top + height // 2), name, fill="black", anchor="lm", font_size=14)
+            place = (MARGIN, top + height // 2)
+            text.text(place, name, fill="black", anchor="lm", font_size=FONT_SIZE)
         for column, image in enumerate(row[:columns]):
             picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
             grid.paste(picture, (left + column * (width + 2), top))
@@ -207,9 +234,19 @@ def path_of(output: pathlib.Path, index: int) -> pathlib.Path:
 
 def write_atomically(path: pathlib.Path, content) -> None:
     """A file that is there is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = partial_path(path)
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def leftovers(output: pathlib.Path) -> set[pathlib.Path]:
+    """What a killed command was about to write."""
+    return set(output.glob(".*.partial"))
+
+
+def partial_path(path: pathlib.Path) -> pathlib.Path:
+    """Where a file is written before it takes its name."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def main() -> None:

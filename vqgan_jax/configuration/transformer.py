@@ -105,6 +105,11 @@ def validate_transformer(config: ConfigDict) -> None:
         "config.sampling.guidance_scale needs a model that was trained without classes too: set "
         "config.condition.dropout=0.1.",
     )
+    sampling = config.sampling
+    require(
+        sampling.temperature >= 0.0 and sampling.top_k >= 0 and 0.0 < sampling.top_p <= 1.0,
+        "config.sampling: temperature and top_k must not be negative, top_p must be in (0, 1].",
+    )
     require(
         bool(config.tokenizer.path),
         "config.tokenizer.path is empty; it must name the run or export of a tokenizer.",
