@@ -106,8 +106,9 @@ def quiet_libraries() -> None:
 
 
 def _unraisablehook(unraisable):
-    """Silent on futures of a checkpoint's writer that has failed and gone."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Silent on what is left of a checkpoint's reader or writer that failed and was reported."""
+    text = str(unraisable.exc_value)
+    if text != "Event loop is closed" and not text.startswith("Encountered error while reading"):
         sys.__unraisablehook__(unraisable)
 
 

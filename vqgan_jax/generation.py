@@ -17,7 +17,6 @@ from vqgan_jax.sampling.decoding import sample_codes
 from vqgan_jax.sampling.filters import Filters
 from vqgan_jax.sampling.guidance import SCHEDULES, guidance_scales
 from vqgan_jax.sampling.likelihood import log_likelihood
-from vqgan_jax.training.compilation import compile_options
 from vqgan_jax.training.learner import make_conditions, make_transformer
 from vqgan_jax.training.pictures import intensities_to_rgb, label_colors
 
@@ -50,7 +49,7 @@ class Generator:
         self._whole = NamedSharding(mesh, PartitionSpec())
         # Compiled when they are first used, and shared by what `with_params` makes.
         self._draw = self._on_each_device(self._draw_rows, 4)
-        self._decode = self._on_each_device(self._decode_rows, 1, compile_options())
+        self._decode = self._on_each_device(self._decode_rows, 1)
         self._likelihood = jax.jit(self._log_likelihood)
 
     def with_params(self, params) -> "Generator":
@@ -283,10 +282,12 @@ class Generator:
     def _tokenizer_variables(self):
         return jax.device_put(self.tokenizer.variables, self._whole)
 
-    def _on_each_device(self, function, num_whole: int, options: dict | None = None):
+    def _on_each_device(self, function, num_whole: int):
         """A function of rows, compiled for one device's rows, so that others do not matter.
 
         Its first `num_whole` arguments are for all rows; of the others each device has its own.
+        It takes the compiler's defaults: with the options of training, convolutions on a CPU are
+        rounded otherwise where there are more devices.
         """
 
         def on_each_device(*arguments):
@@ -296,7 +297,7 @@ class Generator:
                 function, mesh=self._rows.mesh, in_specs=specs, out_specs=rows, check_vma=False
             )(*arguments)
 
-        return jax.jit(on_each_device, compiler_options=options)
+        return jax.jit(on_each_device)
 
     def _draw_rows(self, params, key, filters, scales, labels, indices, known, known_mask):
         condition = self.config.condition
