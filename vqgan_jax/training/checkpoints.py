@@ -252,8 +252,16 @@ def write_export(
         if temporary.exists():
             shutil.rmtree(temporary)  # left by an export that was killed
         temporary.mkdir(parents=True, exist_ok=True)  # a failed one's thread may still be at work
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(temporary / VARIABLES, items)
+        # By this process alone, where there are several: the others do not wait for it.
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix="export"
+        )
+        with ocp.StandardCheckpointer(
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            multiprocessing_options=alone,
+        ) as checkpointer:
+            checkpointer.save(temporary / VARIABLES, jax.device_get(items))
         (temporary / CONFIG_FILE).write_text(configuration.to_json(config))
         if tokenizer is not None:
             write_export(temporary / TOKENIZER, *tokenizer)

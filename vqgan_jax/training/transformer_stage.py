@@ -206,16 +206,10 @@ def tokenizer_of_run(path: str, workdir: pathlib.Path) -> Tokenizer:
 
     Raises:
         CheckpointError: there is none.
-        ConfigError: the run was begun with another one, from another path; or several processes
-            are to begin a run, whose copy is written by one that is alone.
+        ConfigError: the run was begun with another one, from another path.
     """
     copy = workdir / TOKENIZER
     if not copy.exists():
-        if jax.process_count() > 1:
-            raise ConfigError(
-                f"There is no {copy} yet, which only a single process writes: begin the run with "
-                "one process and --config.training.num_steps=1, then go on with all of them."
-            )
         return load_tokenizer(path)
     kept = load_tokenizer(copy)
     begun = workdir / CONFIG_FILE
