@@ -1,5 +1,6 @@
-"""Codes of raw images on all devices of one host."""
+"""Codes of raw images, as the pipeline gives them."""
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -10,6 +11,13 @@ from vqgan_jax.data.errors import DataError
 from vqgan_jax.inference import Tokenizer
 from vqgan_jax.training.compilation import compile_options
 from vqgan_jax.training.images import prepare_images
+
+
+def encode_raw(tokenizer: Tokenizer, variables, raw: jax.Array) -> jax.Array:
+    """Raw images or label maps `(B, ...)` -> codes `(B, h * w)` int32, in the order of rows."""
+    images = prepare_images(tokenizer.config.data, raw)
+    codes = tokenizer.module.apply(variables, images, method="encode")
+    return codes.reshape(len(codes), -1)
 
 
 class HostEncoder:
@@ -32,13 +40,12 @@ class HostEncoder:
         self._rows = NamedSharding(mesh, rows)
         self._variables = jax.device_put(tokenizer.variables, NamedSharding(mesh, whole))
 
-        def encode(variables, raw):
-            images = prepare_images(self.data, raw)
-            codes = tokenizer.module.apply(variables, images, method="encode")
-            return codes.reshape(len(codes), -1)
-
         on_each_device = jax.shard_map(
-            encode, mesh=mesh, in_specs=(whole, rows), out_specs=rows, check_vma=False
+            functools.partial(encode_raw, tokenizer),
+            mesh=mesh,
+            in_specs=(whole, rows),
+            out_specs=rows,
+            check_vma=False,
         )
         self._encode = jax.jit(on_each_device, compiler_options=compile_options())
 

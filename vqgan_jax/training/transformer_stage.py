@@ -30,8 +30,8 @@ from vqgan_jax.training.checkpoints import (
     write_export,
 )
 from vqgan_jax.training.compilation import compile_options
+from vqgan_jax.training.encoding import encode_raw
 from vqgan_jax.training.hardware import forward_flops, peak_flops
-from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.learner import Learner
 from vqgan_jax.training.pictures import tiled
 from vqgan_jax.training.sharding import batch_sharding, replicated, state_shardings
@@ -89,7 +89,9 @@ class TransformerStage:
             out_shardings=self._whole,
         )
         self._encode = jax.jit(
-            self._encode_images, out_shardings=self._rows, compiler_options=compile_options()
+            functools.partial(encode_raw, self._tokenizer),
+            out_shardings=self._rows,
+            compiler_options=compile_options(),
         )
 
         peak = peak_flops(mesh.devices.flat[0])
@@ -132,11 +134,6 @@ class TransformerStage:
     def _tokenizer_variables(self):
         """On all devices; by way of the host, as the device that has them is of one process."""
         return jax.device_put(jax.device_get(self._tokenizer.variables), self._whole)
-
-    def _encode_images(self, variables, images):
-        images = prepare_images(self._tokenizer.config.data, images)
-        codes = self._tokenizer.module.apply(variables, images, method="encode")
-        return codes.reshape(len(codes), -1)
 
     def rates(self, images_per_second: float) -> dict[str, float]:
         """Codes a second, and the share of the devices' peak where it is known."""
