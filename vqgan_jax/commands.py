@@ -100,7 +100,9 @@ def quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     for name in ("absl", "orbax", "jax", "array_record"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    absl.logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
+    absl.logging.get_absl_handler().addFilter(
+        lambda record: not (record.exc_info and "orbax" in record.pathname)
+    )
     sys.unraisablehook = _unraisablehook
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
