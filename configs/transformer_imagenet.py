@@ -28,7 +28,6 @@ def get_config(arg: str = ""):
     config.model.width = 1536
     config.training.batch_size = 128
     config.optimizer.accumulate = 8
-    config.optimizer.learning_rate = 4.5e-6 * 16 * 8
     config.training.num_steps = 300_000  # updates: 2.4 million batches of 16
     config.sampling.top_k = 250
     return config

@@ -1,11 +1,12 @@
-"""Class-conditional transformers by the recipe of LlamaGen (Sun et al. 2024, arXiv:2406.06525).
+"""Class-conditional transformers of the form of LlamaGen (Sun et al. 2024, arXiv:2406.06525).
 
     python -m vqgan_jax.tokenize --checkpoint=runs/vqgan_f16 --dataset=imagenet2012 --split=train,validation --output=codes/imagenet --augment=flip,ten_crop
     python -m vqgan_jax.train --config=configs/transformer_modern.py:codes/imagenet,size=L
 
 RMSNorm, SwiGLU, rotary positions in two dimensions, a class table with a token for no class, and
 guidance. Sizes B, L, XL and XXL have 111, 343, 775 and 1,411 million parameters with 16,384 codes;
-the paper trains them for 300 epochs at batch size 256 and reports FIDs of 5.46, 3.80, 3.39 and 3.09
+the paper trains them for 300 epochs at batch size 256 with a constant learning rate, where this has
+warm-up and a cosine, and reports FIDs of 5.46, 3.80, 3.39 and 3.09
 on ImageNet at 256 pixels, with its own tokenizer. This project has not trained them to the end.
 """  # noqa: E501
 

@@ -15,7 +15,7 @@ def guidance_scales(scale: float, num_codes: int, schedule: str = "constant") ->
     """The scale at each code, `(num_codes,)` float32.
 
     `constant` is `scale` throughout; `linear` and `cosine` rise from 1, which is no guidance, at
-    the first code to `scale` at the last: guidance early on costs variety, late on only details.
+    the first code to `scale` at the last.
 
     Raises:
         ValueError: there is no such schedule.
