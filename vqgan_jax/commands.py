@@ -100,17 +100,17 @@ def quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     for name in ("absl", "orbax", "jax", "array_record"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    absl.logging.get_absl_handler().addFilter(lambda record: not _from_orbax(record))
+    absl.logging.get_absl_handler().addFilter(lambda record: not _from_writer(record))
     sys.unraisablehook = _unraisablehook
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
-def _from_orbax(record: logging.LogRecord) -> bool:
-    """Whether a record shows an error of orbax's threads, logged there or by their event loop."""
-    if not record.exc_info:
-        return False
-    frames = traceback.extract_tb(record.exc_info[2])
-    return any("orbax" in path for path in (record.pathname, *(f.filename for f in frames)))
+def _from_writer(record: logging.LogRecord) -> bool:
+    """Whether a record shows an error of orbax's threads, logged there or by their event loop.
+
+    No other part of a command has an event loop.
+    """
+    return bool(record.exc_info) and ("orbax" in record.pathname or record.name == "asyncio")
 
 
 def _unraisablehook(unraisable):
