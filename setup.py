@@ -31,6 +31,7 @@ setup(
         "numpy>=2.0",
         "pillow>=11.0",  # decodes and writes PNG, JPEG and WebP
         "pyyaml>=6.0",  # reads the reference's model descriptions
+        "scikit-image>=0.24",  # Canny edges, a condition that every data set has
         "tensorboardX>=2.6.4",  # writes TensorBoard events without TensorFlow
     ],
     extras_require={
@@ -38,8 +39,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",  # runs tests on all cores
             "ruff>=0.8",
-            "scikit-image>=0.24",  # independent figures to compare ours with
-            "scipy>=1.13",
+            "scipy>=1.13",  # independent figures to compare ours with, like scikit-image
         ],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],

@@ -1,5 +1,7 @@
 """The CPU's own forms of operations against autodiff of the plain ones, and finite differences."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from vqgan_jax.models import cpu, operations
+from vqgan_jax.models import cpu, cpu_tokens, operations
+from vqgan_jax.models.transformer import gelu
 
 PADDINGS = {
     "same": ((1, 1), (1, 1)),
@@ -166,3 +169,73 @@ def test_the_forms_of_all_backends_agree(float64, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     theirs = network(*inputs), gradients(network, *inputs)
     assert_near(ours, theirs, 1e-12)
+
+
+def plain_attention(query, key, value, num_unmasked):
+    """By the definition, one head after the other."""
+    length, heads, head_dim = query.shape[1:]
+    mask = operations.causal_mask(length, num_unmasked)
+    outputs = []
+    for head in range(heads):
+        theirs = head * key.shape[2] // heads
+        logits = query[:, :, head] @ key[:, :, theirs].swapaxes(1, 2) / jnp.sqrt(head_dim)
+        weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1)
+        outputs.append(weights @ value[:, :, theirs])
+    return jnp.stack(outputs, axis=2)
+
+
+@pytest.mark.parametrize("num_unmasked", [0, 3, 6], ids=lambda n: f"{n}-unmasked")
+@pytest.mark.parametrize("length, heads, kv_heads", [(1, 2, 2), (4, 2, 2), (11, 4, 2), (8, 3, 1)])
+def test_causal_attention(float64, monkeypatch, length, heads, kv_heads, num_unmasked):
+    """Blocks of 4 queries: less than one, just one, an odd rest, two."""
+    monkeypatch.setattr(cpu_tokens, "QUERIES", 4)
+    query = normal(0, (2, length, heads, 6))
+    key, value = (normal(i, (2, length, kv_heads, 6)) for i in (1, 2))
+
+    def ours(*inputs):
+        return cpu_tokens.attend(*inputs, num_unmasked)
+
+    def theirs(*inputs):
+        return plain_attention(*inputs, num_unmasked)
+
+    assert_near(ours(query, key, value), theirs(query, key, value), 1e-14)
+    inputs = query, key, value
+    assert_near(gradients(ours, *inputs), gradients(theirs, *inputs), 1e-13)
+
+
+def test_causal_attention_in_bfloat16():
+    inputs = [normal(i, (2, 9, 4, 8), jnp.bfloat16) for i in range(3)]
+    ours = cpu_tokens.attend(*inputs, 0)
+    assert ours.dtype == jnp.bfloat16
+    exact = plain_attention(*(x.astype(jnp.float32) for x in inputs), 0)
+    assert_near(ours.astype(jnp.float32), exact, 1e-2)
+    got = gradients(lambda *inputs: cpu_tokens.attend(*inputs, 0), *inputs)
+    assert all(gradient.dtype == jnp.bfloat16 for gradient in got)
+
+
+def test_token_normalization(float64):
+    x, scale, bias = 3 + 2 * normal(0, (3, 5, 8)), normal(1, (8,)), normal(2, (8,))
+
+    def plain(x, scale, bias):
+        deviation = jnp.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+        return (x - x.mean(axis=-1, keepdims=True)) / deviation * scale + bias
+
+    def ours(*inputs):
+        return cpu_tokens.normalize_tokens(*inputs, 1e-5)
+
+    assert_near(ours(x, scale, bias), plain(x, scale, bias), 1e-14)
+    assert_near(gradients(ours, x, scale, bias), gradients(plain, x, scale, bias), 1e-13)
+    elsewhere = flax_normalization(x, scale, bias)
+    assert_near(ours(x, scale, bias), elsewhere, 1e-14)
+
+
+def flax_normalization(x, scale, bias):
+    norm = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=x.dtype)
+    return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+
+def test_gelu(float64):
+    x = jnp.linspace(-9, 9, 101)
+    phi = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x])
+    np.testing.assert_allclose(gelu(x), x * phi, rtol=0, atol=1e-14)
+    check_grads(gelu, (x,), order=1, modes=["rev"])

@@ -21,6 +21,18 @@ def test_top_k_keeps_ties():
     np.testing.assert_array_equal(keep_top_k(logits, 0), logits)
 
 
+@pytest.mark.parametrize("k", [1, 7, 39])
+def test_top_k_is_that_of_numpy(k):
+    """With ties, signs, both zeros, infinities and numbers too small for a normal float."""
+    rows = np.random.default_rng(0).standard_normal((6, 40)).round(1).astype(np.float32)
+    rows[0] = -np.abs(rows[0])
+    rows[1, :20], rows[2, ::2], rows[3, ::2] = 0.0, -0.0, 1e-42
+    rows[2, 1::2], rows[4, :10] = 0.0, -np.inf
+    kth = np.sort(rows, axis=-1)[:, -k, None]
+    expected = np.where(rows >= kth, rows, -np.inf)
+    np.testing.assert_array_equal(keep_top_k(jnp.asarray(rows), k), expected)
+
+
 @pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 1.0])
 def test_top_p_is_that_of_numpy(p):
     """The code that passes the threshold stays, as do all before it."""

@@ -5,12 +5,14 @@ Sources: "Attention Is All You Need" (Vaswani et al. 2017); grouped queries: "GQ
 et al. 2023), section 2.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vqgan_jax.models.layers import at_least_float32
-from vqgan_jax.models.operations import attend, causal_mask
+from vqgan_jax.models.operations import attend, causal_mask, project
 from vqgan_jax.models.positions import rotate
 
 
@@ -22,15 +24,29 @@ class Linear(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def weights(self, width: int) -> tuple[jax.Array, jax.Array | None]:
+        """Kernel `(width, features)` and bias, in the type of the computation."""
         init = nn.initializers.normal(0.02)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        flat = x.astype(self.dtype).reshape(-1, x.shape[-1])  # a 3-D operand's gradient is slow
-        y = flat @ kernel.astype(self.dtype)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(self.dtype)
-        return y.reshape(*x.shape[:-1], self.features)
+        kernel = self.param("kernel", init, (width, self.features)).astype(self.dtype)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)).astype(
+            self.dtype
+        )
+
+    def __call__(self, x):
+        return apply_linear([self], x)[0]
+
+
+def apply_linear(layers: Sequence[Linear], x: jax.Array) -> list[jax.Array]:
+    """What each of some layers of one type gives for the same `x`, `(..., D)`."""
+    flat = x.astype(layers[0].dtype).reshape(-1, x.shape[-1])  # a 3-D operand's gradient is slow
+    kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
+    products = project(flat, kernels)
+    return [
+        (y if bias is None else y + bias).reshape(*x.shape[:-1], -1)
+        for y, bias in zip(products, biases, strict=True)
+    ]
 
 
 class SelfAttention(nn.Module):
@@ -66,12 +82,14 @@ class SelfAttention(nn.Module):
         width = x.shape[-1]
         head_dim = width // self.num_heads
 
-        def project(name, heads):
-            y = Linear(heads * head_dim, self.use_bias, self.dtype, name=name)(x)
-            return y.reshape(*y.shape[:-1], heads, head_dim)
-
-        query = project("query", self.num_heads)
-        key, value = project("key", self.num_kv_heads), project("value", self.num_kv_heads)
+        heads = dict(query=self.num_heads, key=self.num_kv_heads, value=self.num_kv_heads)
+        layers = [
+            Linear(count * head_dim, self.use_bias, self.dtype, name=name)
+            for name, count in heads.items()
+        ]
+        query, key, value = (
+            y.reshape(*x.shape[:-1], -1, head_dim) for y in apply_linear(layers, x)
+        )
         if self.qk_norm:
             query = nn.RMSNorm(dtype=self.dtype, name="query_norm")(query)
             key = nn.RMSNorm(dtype=self.dtype, name="key_norm")(key)

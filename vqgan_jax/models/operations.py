@@ -1,13 +1,17 @@
 """The operations whose best form depends on the backend, chosen here and nowhere else.
 
-On the CPU they are those of `cpu.py`; elsewhere the plain ones, which XLA fuses well.
+On the CPU they are those of `cpu.py` and `cpu_tokens.py`; elsewhere the plain ones, which XLA fuses
+well.
 """
+
+import itertools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqgan_jax.models import cpu
+from vqgan_jax.models import cpu, cpu_tokens
 
 
 def _on_cpu() -> bool:
@@ -48,6 +52,11 @@ def normalize_groups(
     return x * factor[:, None, None] + shift[:, None, None]
 
 
+def sum_positions(x: jax.Array) -> jax.Array:
+    """`(B, H, W, C)`, float32 or wider -> `(B, C)`."""
+    return cpu.sum_positions(x) if _on_cpu() else x.sum(axis=(1, 2))
+
+
 def max_pool(x: jax.Array) -> jax.Array:
     """Maximum of 2x2 squares at stride 2; an odd last row or column is left out."""
     if _on_cpu():
@@ -62,11 +71,36 @@ def causal_mask(length: int, num_unmasked: int = 0) -> jax.Array:
     return jnp.tril(jnp.ones((length, length), bool)) | (first[:, None] & first)
 
 
+def normalize_tokens(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """`(..., D)` with mean 0 and variance 1 over the last axis, then scale and bias `(D,)`.
+
+    "Layer Normalization" (Ba et al. 2016). `x` is float32 or wider.
+    """
+    if _on_cpu():
+        return cpu_tokens.normalize_tokens(x, scale, bias, epsilon)
+    centered = x - x.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centered).mean(axis=-1, keepdims=True)
+    return centered * jax.lax.rsqrt(variance + epsilon) * scale + bias
+
+
+def project(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
+    """`x @ kernel` for each kernel, of `(N, D)`; on the CPU as one product.
+
+    Elsewhere apart: kernels that are split over devices would be gathered to be put together.
+    """
+    if not _on_cpu() or len(kernels) == 1:
+        return [x @ kernel for kernel in kernels]
+    ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))
+    return jnp.split(x @ jnp.concatenate(kernels, axis=1), ends[:-1], axis=1)
+
+
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, num_unmasked: int = 0) -> jax.Array:
     """Attention of `(B, T, heads, head_dim)` by `causal_mask`; fused where the backend can.
 
     Keys and values may have fewer heads than queries.
     """
+    if _on_cpu():
+        return cpu_tokens.attend(query, key, value, num_unmasked)
     mask = causal_mask(query.shape[1], num_unmasked)[None, None] if num_unmasked else None
     fused = jax.default_backend() == "gpu" and query.dtype.itemsize == 2 and mask is None
     return jax.nn.dot_product_attention(

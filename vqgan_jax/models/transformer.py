@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from vqgan_jax.models.attention import Linear, SelfAttention
 from vqgan_jax.models.layers import at_least_float32
+from vqgan_jax.models.operations import normalize_tokens
 from vqgan_jax.models.positions import rotary_angles
 
 
@@ -32,11 +33,28 @@ class FeedForward(nn.Module):
             return Linear(features, self.use_bias, self.dtype, name=name)
 
         h = linear(self.hidden, "up")(x)
-        if self.kind == "swiglu":
-            h = nn.silu(linear(self.hidden, "gate")(x)) * h
-        else:
-            h = nn.gelu(h, approximate=False)
+        h = nn.silu(linear(self.hidden, "gate")(x)) * h if self.kind == "swiglu" else gelu(h)
         return linear(x.shape[-1], "down")(h)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact form ("Gaussian Error Linear Units", Hendrycks and Gimpel 2016): x times Phi(x).
+
+    By erf, as PyTorch has it; by erfc, as JAX has it, is much slower.
+    """
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, statistics in float32 or wider, epsilon 1e-5."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return normalize_tokens(at_least_float32(x), scale, bias, 1e-5).astype(self.dtype)
 
 
 class Block(nn.Module):
@@ -81,7 +99,14 @@ def make_norm(kind: str, dtype: jnp.dtype, name: str) -> nn.Module:
     """LayerNorm ("layer") or RMSNorm ("rms"), with statistics in float32 or wider."""
     if kind == "rms":
         return nn.RMSNorm(epsilon=1e-5, dtype=dtype, name=name)
-    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+    return LayerNorm(dtype, name=name)
+
+
+def cast_kernels(params, dtype: jnp.dtype):
+    """Parameters with matrices in the type of the computation: for loops that read them often."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if path[-1].key == "kernel" else leaf, params
+    )
 
 
 class Transformer(nn.Module):
@@ -187,11 +212,23 @@ class Transformer(nn.Module):
         Returns:
             `(B, N, codebook_size)` float32 or wider.
         """
-        code_tokens = self.embed_codes(codes[:, :-1])
-        tokens = jnp.concatenate([self.embed_conditions(conditions), code_tokens], axis=1)
-        x = self.embedding_drop(tokens, deterministic=not train)
-        x, _ = self.blocks(x, self._angles(x.shape[1]), None, None, train)
+        x = self._hidden(conditions, codes[:, :-1], train)
         return self.logits(x[:, conditions.shape[1] - 1 :])
+
+    def code_logits(self, conditions, codes, n):
+        """Logits of one code of each sequence, given the conditions and the codes before it.
+
+        Args:
+            conditions: `(B, num_conditions)` int.
+            codes: `(B, N)` int, the first ones of a grid in the order of rows; those from number
+                `n` on are not looked at.
+            n: `(B,)` int, the codes' numbers, at most N.
+
+        Returns:
+            `(B, codebook_size)` float32 or wider.
+        """
+        x = self._hidden(conditions, codes, train=False)
+        return self.logits(x[jnp.arange(len(x)), conditions.shape[1] - 1 + n])
 
     def prefill(self, conditions):
         """What decoding starts from: logits of the first code, and keys and values.
@@ -223,6 +260,13 @@ class Transformer(nn.Module):
             return None
         head_dim = self.width // self.num_heads
         return rotary_angles(self.grid, self.num_conditions, head_dim)
+
+    def _hidden(self, conditions, codes, train):
+        code_tokens = self.embed_codes(codes)
+        tokens = jnp.concatenate([self.embed_conditions(conditions), code_tokens], axis=1)
+        x = self.embedding_drop(tokens, deterministic=not train)
+        x, _ = self.blocks(x, self._angles(x.shape[1]), None, None, train)
+        return x
 
     def _angles(self, length):
         angles = self.angles()

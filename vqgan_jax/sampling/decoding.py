@@ -7,7 +7,7 @@ early codes do not pay for attention to positions that nothing fills yet.
 import jax
 import jax.numpy as jnp
 
-from vqgan_jax.models.transformer import Block, Transformer
+from vqgan_jax.models.transformer import Block, Transformer, cast_kernels
 from vqgan_jax.sampling.filters import Filters, draw
 from vqgan_jax.sampling.guidance import guide
 
@@ -102,10 +102,7 @@ class CachedStep:
 
     def __init__(self, transformer: Transformer, params):
         # Matrices are read from memory at every step: once in the type that they are used in.
-        self._params = jax.tree.map_with_path(
-            lambda path, leaf: leaf.astype(transformer.dtype) if path[-1].key == "kernel" else leaf,
-            params,
-        )
+        self._params = cast_kernels(params, transformer.dtype)
         self._transformer = transformer
         layers = range(transformer.num_layers)
         leaves, structure = jax.tree.flatten(self._params["blocks"])
