@@ -1,6 +1,8 @@
 """The command, on folders as people have them; figures against scikit-image on what it wrote."""
 
 import json
+import pathlib
+import resource
 import subprocess
 import sys
 from pathlib import PurePath
@@ -159,11 +161,17 @@ def test_nothing_to_reconstruct_is_an_error_and_writes_nothing(export, folder, t
 def test_pictures_too_large_for_the_memory_are_an_error_and_nothing_is_written(
     export, folder, tmp_path
 ):
-    """The attention over 3,072 x 3,072 positions would take 324 TiB, more than can be addressed."""
+    """One map of 6144 x 6144 positions and 32 channels takes 4.5 GiB, and 3 GiB are left."""
     Image.new("L", (6144, 6144)).save(tmp_path / "large.png")
     files = [str(folder / "a.png"), str(tmp_path / "large.png")]
-    with pytest.raises(DataError, match="1 images of 6144 x 6144 pixels.*--batch_size or --resize"):
-        reconstruct(str(export), files, tmp_path / "out")
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 3 * 2**30, before[1]))
+    try:
+        with pytest.raises(DataError, match="1 images of 6144 x 6144 pixels.*--batch_size or"):
+            reconstruct(str(export), files, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
     assert not (tmp_path / "out").exists()
 
 

@@ -16,6 +16,11 @@ from vqgan_jax.models.operations import add_bias, convolve, normalize_groups
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
+# Attention over more positions goes in blocks of queries that have so many logits together. Up to
+# there, which is all that training meets, everything at once is faster and takes no more memory.
+LARGE_GRID = 64 * 64
+BLOCK_LOGITS = 2**24
+
 
 def torch_uniform(fan_in: int) -> Callable:
     """PyTorch's default for weights and biases alike: uniform in +-1/sqrt(fan_in)."""
@@ -103,6 +108,35 @@ class ResidualBlock(nn.Module):
         return x + h
 
 
+def attend_to_all(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Attention with one head among all positions, `(B, N, C)` each; softmax in float32.
+
+    Above `LARGE_GRID` positions it goes by blocks of queries, and memory grows with N, not N^2.
+    """
+    batch, positions, channels = query.shape
+
+    def attend(query):
+        logits = jnp.einsum(
+            "b q c, b k c -> b q k",
+            query,
+            key,
+            preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
+        )
+        weights = jax.nn.softmax(logits * channels**-0.5, axis=-1).astype(query.dtype)
+        return jnp.einsum("b q k, b k c -> b q c", weights, value)
+
+    if positions <= LARGE_GRID:
+        return attend(query)
+    blocks = math.ceil(batch * positions**2 / BLOCK_LOGITS)
+    size = math.ceil(positions / blocks)
+    blocks = math.ceil(positions / size)
+    query = jnp.pad(query, ((0, 0), (0, blocks * size - positions), (0, 0)))
+    query = einops.rearrange(query, "b (n q) c -> n b q c", n=blocks)
+    # Without the checkpoint, the backward pass would hold all blocks' weights together.
+    attended = jax.lax.map(jax.checkpoint(attend), query)
+    return einops.rearrange(attended, "n b q c -> b (n q) c")[:, :positions]
+
+
 class AttentionBlock(nn.Module):
     """Self-attention with one head over all positions of `(B, h, w, C)`; plus the input."""
 
@@ -119,14 +153,7 @@ class AttentionBlock(nn.Module):
             return einops.rearrange(y, "b h w c -> b (h w) c")
 
         query, key, value = project("query"), project("key"), project("value")
-        logits = jnp.einsum(
-            "b q c, b k c -> b q k",
-            query,
-            key,
-            preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
-        )
-        weights = jax.nn.softmax(logits * channels**-0.5, axis=-1).astype(self.dtype)
-        h = jnp.einsum("b q k, b k c -> b q c", weights, value)
+        h = attend_to_all(query, key, value)
         h = einops.rearrange(h, "b (h w) c -> b h w c", h=height, w=width)
         return x + Conv(channels, kernel_size=1, dtype=self.dtype, name="out")(h)
 
