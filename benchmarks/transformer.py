@@ -49,13 +49,13 @@ class Ours:
         self.state_dict = state_dict_from_gpt_params(jax.device_get(self.state.params))
         self.update = jax.jit(functools.partial(transformer_step, learner), donate_argnums=0)
         self.draw = jax.jit(functools.partial(sample_codes, learner.transformer))
-        self.codes, self.labels = jax.device_put((codes, np.full(BATCH, -1, np.int32)))
+        self.codes = jax.device_put(codes)
         self.params = jax.tree.map(lambda leaf: leaf.copy(), self.state.params)
         self.seed = 0
 
     def train(self) -> None:
         """One update."""
-        self.state, metrics = self.update(self.state, self.codes, self.labels)
+        self.state, metrics = self.update(self.state, {"codes": self.codes})
         jax.block_until_ready((self.state, metrics))
 
     def sample(self) -> None:

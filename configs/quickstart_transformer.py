@@ -30,7 +30,7 @@ def get_config(arg: str = ""):
     model.dropout = 0.1
     model.unroll = 6
 
-    config.condition.kind = "class"
+    config.condition.kinds = ("class",)
     config.condition.dropout = 0.1
     config.tokenizer.path = argument.tokenizer
     config.data.codes = argument.data

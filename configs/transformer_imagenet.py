@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
     config = transformer_config()
     config.data.codes = argument.data
     config.tokenizer.path = argument.tokenizer
-    config.condition.kind = "class"
+    config.condition.kinds = ("class",)
     config.condition.own_table = False
 
     config.model.num_layers = 48

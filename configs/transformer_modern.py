@@ -29,7 +29,7 @@ def get_config(arg: str = ""):
     config = transformer_config()
     config.data.codes = argument.data
     config.tokenizer.path = argument.tokenizer
-    config.condition.kind = "class"
+    config.condition.kinds = ("class",)
     config.condition.dropout = 0.1
 
     model = config.model

@@ -15,7 +15,7 @@ from PIL import Image
 from vqgan_jax.configuration import tokenizer_config
 from vqgan_jax.data.augmentations import AllViews, list_views
 from vqgan_jax.data.code_batches import evaluation_code_batches, training_code_batches
-from vqgan_jax.data.code_manifest import CodesInfo
+from vqgan_jax.data.code_manifest import CodesInfo, ConditionInfo
 from vqgan_jax.data.code_writer import CodeWriter
 from vqgan_jax.data.codes import check_codes, open_codes
 from vqgan_jax.data.errors import DataError
@@ -253,6 +253,145 @@ def test_reading_feeds_100_000_sequences_a_second(tmp_path):
     assert max(rates) > 100_000
 
 
+# ---- Conditions.
+
+RELIEF = ConditionInfo(
+    "relief", 6, 300, (2, 3), fingerprint="7" * 64, dtype="float32", image_key="relief"
+)
+PLACE = ConditionInfo("coordinates", 8, 2**16 + 1, (2, 4))
+SMALL = ConditionInfo(
+    "low_resolution", 8, 50, (2, 4), fingerprint="8" * 64, derive="low_resolution", scale=4
+)
+WITH_CONDITIONS = dataclasses.replace(FACTS, conditions=(RELIEF, PLACE, SMALL))
+
+
+def write_conditions(directory, tokens=None):
+    """Codes with three conditions; returns their tokens."""
+    random, (codes, labels) = np.random.default_rng(2), random_codes(FACTS)
+    tokens = tokens or {
+        c.name: random.integers(0, c.vocabulary, (COUNT, VIEWS, c.num_tokens))
+        for c in WITH_CONDITIONS.conditions
+    }
+    writer = CodeWriter(directory, WITH_CONDITIONS)
+    writer.begin()
+    for shard in writer.unfinished():
+        images = WITH_CONDITIONS.images_of(shard)
+        parts = {name: values[images] for name, values in tokens.items()}
+        writer.write(shard, codes[images], labels[images], conditions=parts)
+    writer.finish()
+    return tokens
+
+
+def test_conditions_are_of_the_same_image_and_view(tmp_path):
+    tokens = write_conditions(tmp_path / "train")
+    opened = open_codes(tmp_path / "train", verify=True)
+    assert opened.conditions == {"relief": RELIEF, "coordinates": PLACE, "low_resolution": SMALL}
+    for name, dtype in (("relief", np.uint16), ("coordinates", np.uint32)):
+        stored = np.load(tmp_path / "train" / f"condition-{name}-00001-of-00004.npy")
+        np.testing.assert_array_equal(stored, tokens[name][16:32])
+        assert stored.dtype == dtype
+
+    codes, labels = random_codes(FACTS)
+    sharding, config = make_sharding(4, 2), tokenizer_config()
+    config.training.batch_size = 16
+    batches = training_code_batches(opened, config, sharding)
+    for _, batch in zip(range(8), batches, strict=False):
+        batch = jax.tree.map(np.asarray, batch)
+        found = (batch["codes"][:, None, None] == codes[None]).all(-1)
+        _, images, views = found.nonzero()
+        assert len(images) == 16 and batch.keys() == {"codes", "label", *tokens}
+        for name, values in tokens.items():
+            np.testing.assert_array_equal(batch[name], values[images, views])
+            assert batch[name].dtype == np.int32
+    batches.close()
+    for batch, _ in evaluation_code_batches(opened, config, sharding, COUNT + 14):
+        np.testing.assert_array_equal(batch["relief"][:COUNT], tokens["relief"][:, 0])
+        np.testing.assert_array_equal(batch["label"][:COUNT], labels)
+
+
+def test_codes_of_the_first_version_are_read(directory, copy):
+    """They had no conditions, and neither had a pass that was under way."""
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("conditions") == []
+    for shard in manifest["shards"]:
+        assert shard.pop("conditions") == {}
+    path.write_text(json.dumps(manifest | {"version": 1}, indent=1))
+    opened = open_codes(copy, verify=True)
+    assert opened.conditions == {} and opened.batch(0, 0, 4).keys() == {"codes", "label"}
+    (copy / "labels-00003-of-00004.npy").unlink()
+    writer = CodeWriter(copy, FACTS)
+    writer.begin()
+    plan = copy / "partial" / "plan.json"
+    values = json.loads(plan.read_text())
+    del values["conditions"]
+    plan.write_text(json.dumps(values | {"version": 1}))
+    assert CodeWriter(copy, FACTS).unfinished() == [3]
+    write(copy)
+    assert contents(copy) == contents(directory)
+
+
+def test_damage_in_a_condition_is_found_and_named(tmp_path):
+    tokens = write_conditions(tmp_path / "train")
+    path = tmp_path / "train" / "condition-relief-00002-of-00004.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4] + bytes([whole[-4] ^ 1]) + whole[-3:])
+    open_codes(tmp_path / "train")
+    with pytest.raises(DataError) as error:
+        open_codes(tmp_path / "train", verify=True)
+    assert "condition-relief-00002-of-00004.npy has another SHA-256" in str(error.value)
+    assert "\n" not in str(error.value) and "1 of the files" in str(error.value)
+    path.unlink()
+    with pytest.raises(DataError, match="condition-relief-00002-of-00004.npy is missing"):
+        open_codes(tmp_path / "train")
+    writer = CodeWriter(tmp_path / "train", WITH_CONDITIONS)
+    writer.begin()
+    assert writer.unfinished() == [2]
+    write_conditions(tmp_path / "train", tokens)
+    assert path.read_bytes() == whole
+
+    tokens["relief"][20, 1, 3] = 300
+    write_conditions(tmp_path / "other", tokens)
+    words = "condition-relief-00001-of-00004.npy has the code 300 of a vocabulary of 300"
+    with pytest.raises(DataError, match=words):
+        open_codes(tmp_path / "other", verify=True)
+
+
+def test_conditions_of_something_else_are_refused(tmp_path, directory):
+    write_conditions(tmp_path / "train")
+    fits = dict(fingerprint="5" * 64, grid=(2, 4), codebook_size=1000)
+    codes, change = open_codes(tmp_path / "train"), dataclasses.replace
+    check_codes(codes, **fits, conditions=[SMALL, PLACE, change(RELIEF, dtype="bfloat16")])
+    for where, wanted, words in (
+        (codes, change(RELIEF, name="depth"), "no tokens of the condition depth; it has relief, c"),
+        (open_codes(directory), RELIEF, "no tokens of the condition relief; it has none of any"),
+        (codes, change(RELIEF, fingerprint="6" * 64), "fingerprint is 7{12}, and 6{12} is exp"),
+        (codes, change(RELIEF, num_tokens=4, grid=(2, 2)), "num_tokens is 6; 4 is expected"),
+        (codes, change(PLACE, vocabulary=1025), "vocabulary is 65537; 1025 is expected"),
+        (codes, change(RELIEF, image_key="elevation"), "image_key is 'relief'; 'elevation' is"),
+        (codes, change(SMALL, scale=2), "low_resolution whose scale is 4; 2 is expected"),
+    ):
+        with pytest.raises(DataError, match=words) as error:
+            check_codes(where, **fits, conditions=[wanted])
+        assert "\n" not in str(error.value) and "another --output" in str(error.value)
+
+
+def test_a_pass_with_other_conditions_is_refused(tmp_path):
+    write_conditions(tmp_path / "train")
+    before = contents(tmp_path)
+    for conditions, words in (
+        ((), "its conditions is relief, coordinates, low_resolution, and here it is none"),
+        ((RELIEF, PLACE), "and here it is relief, coordinates"),
+        (
+            (dataclasses.replace(RELIEF, fingerprint="6" * 64), PLACE, SMALL),
+            "its tokenizer of the condition relief is 777.*, and here it is 666",
+        ),
+    ):
+        with pytest.raises(DataError, match=words):
+            CodeWriter(tmp_path / "train", dataclasses.replace(FACTS, conditions=conditions))
+    assert contents(tmp_path) == before
+
+
 # ---- What is refused.
 
 
@@ -310,7 +449,9 @@ def test_manifests_that_cannot_be_used(copy, tmp_path):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
         return str(error.value)
 
-    assert "version 2; this program reads version 1" in refused(json.dumps(good | {"version": 2}))
+    line = refused(json.dumps(good | {"version": 3}))
+    assert "version 3; this program reads versions 1 to 2" in line
+    assert "is damaged" in refused(json.dumps(good | {"conditions": [{"name": "edges"}]}))
     assert "describes no codes" in refused(json.dumps({"a": 1}))
     assert "is damaged" in refused("{")
     assert "is damaged" in refused("[]")

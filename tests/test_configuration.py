@@ -54,6 +54,8 @@ def test_config_file_validates_and_builds(path, argument):
 
 def assert_transformer_builds(config):
     config.model.codebook_size, config.model.grid, config.condition.num_classes = 1024, (16, 16), 10
+    for image in config.condition.images.values():
+        image.codebook_size, image.grid = 256, (16, 16)
     state = jax.eval_shape(Learner.from_config(config).init)
     assert state.params["blocks"]["attention"]["out"]["kernel"].shape == (
         config.model.num_layers,

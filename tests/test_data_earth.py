@@ -112,6 +112,14 @@ def test_real_tiles_agree_with_the_rasters_by_coordinates():
     source = open_source("earth", "test", data_dir, "segmentation", resolution=64, label_map=True)
     assert source.read(0)["image"].shape == (96, 96)
     assert source.class_names[2] == "evergreen broadleaf forest" and len(source.class_names) == 17
+    maps = source.read(0)["image"]
+    features = {"segmentation": True, "relief": False}
+    source = open_source("earth", "test", data_dir, features=features)
+    example = source.read(0)["features"]
+    np.testing.assert_array_equal(example["segmentation"], maps)
+    assert example["relief"].shape == (96, 96, 3)
+    with pytest.raises(DataError, match="'relief' of earth needs a tokenizer of pictures"):
+        open_source("earth", "test", data_dir, features={"relief": True})
     with pytest.raises(DataError, match="num_labels=17"):
         open_source("earth", "test", data_dir, "segmentation", resolution=64)
     with pytest.raises(DataError, match="train, validation, test"):

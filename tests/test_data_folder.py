@@ -67,8 +67,8 @@ def test_errors_say_what_and_where(tmp_path):
     with pytest.raises(DataError, match="has no images"):
         open_source(f"folder:{tmp_path}", "train")
     write(tmp_path / "a.png")
-    with pytest.raises(DataError, match="image_key is 'depth'"):
-        open_source(f"folder:{tmp_path}", "train", image_key="depth")
+    with pytest.raises(DataError, match="no pictures of the feature 'depth'"):
+        open_source(f"folder:{tmp_path}", "all", image_key="depth")
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UnreadableImage, match="a.png"):
         open_source(f"folder:{tmp_path}", "all").read(0)
@@ -79,3 +79,45 @@ def test_label_maps(tmp_path):
     Image.fromarray(labels).save(tmp_path / "a.png")
     source = open_source(f"folder:{tmp_path}", "all", label_map=True)
     np.testing.assert_array_equal(source.read(0)["image"], labels)
+
+
+def test_features_are_in_folders_of_their_own(tmp_path):
+    for i, name in enumerate(("train/dog/a", "train/dog/deep/b", "val/cat/c", "train/d")):
+        write(tmp_path / f"{name}.png", i)
+        write(tmp_path / "relief" / f"{name}.jpg", 100 + i)
+    (tmp_path / "relief" / "notes.txt").write_text("no picture")
+    write(tmp_path / "relief/train/dog/unused.png", 9)
+    name = f"folder:{tmp_path}"
+    source = open_source(name, "train", features={"relief": False})
+    assert values(source) == [3, 0, 1] and source.class_names == ("cat", "dog")
+    source = pickle.loads(pickle.dumps(source))
+    for i, value in enumerate((103, 100, 101)):
+        assert abs(int(source.read(i)["features"]["relief"][0, 0, 0]) - value) < 4  # JPEG
+    assert source.describe(1) == str(tmp_path / "train/dog/a.png")
+    assert source.describe(1, "relief") == str(tmp_path / "relief/train/dog/a.jpg")
+
+    relief = open_source(name, "validation", image_key="relief")
+    assert abs(values(relief)[0] - 102) < 4 and relief.class_names == ("cat", "dog")
+    assert relief.read(0)["label"] == 0
+    assert relief.describe(0) == str(tmp_path / "relief/val/cat/c.jpg")
+
+
+def test_a_picture_that_a_feature_lacks_is_named(tmp_path):
+    write(tmp_path / "train/dog/a.png")
+    write(tmp_path / "relief/train/dog/b.png")
+    name = f"folder:{tmp_path}"
+    with pytest.raises(DataError) as error:
+        open_source(name, "train", image_key="relief")
+    assert str(tmp_path / "train/dog/a.png") in str(error.value)
+    assert str(tmp_path / "relief/train/dog/a") in str(error.value)
+    assert "\n" not in str(error.value)
+    write(tmp_path / "val/c.png")
+    with pytest.raises(DataError, match="there is no folder .*relief/val"):
+        open_source(name, "validation", features={"relief": False})
+
+
+def test_classes_with_folders_of_other_names_are_no_features(tmp_path):
+    write(tmp_path / "train/a.png")
+    write(tmp_path / "bus/train/b.png")
+    write(tmp_path / "bus/red/c.png")
+    assert open_source(f"folder:{tmp_path}", "all").class_names == ("bus", "train")

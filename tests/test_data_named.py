@@ -75,6 +75,23 @@ def test_other_features(data_dir):
         open_source("tiny_photographs", "train", data_dir, "normals")
 
 
+def test_features_are_read_beside_the_image(data_dir):
+    features = {"depth": True}
+    source = open_source("tiny_photographs", "train", data_dir, features=features)
+    source = pickle.loads(pickle.dumps(source))
+    read = 0
+    for i in range(7):
+        try:
+            example = source.read(i)
+        except UnreadableImage:
+            continue
+        np.testing.assert_array_equal(example["features"]["depth"], example["image"][..., 0])
+        read += 1
+    assert read == 6 and source.describe(2, "depth") == "tiny_photographs train[2] depth"
+    with pytest.raises(DataError, match="can be conditions are depth, image; .* no 'normals'"):
+        open_source("tiny_photographs", "train", data_dir, features={"normals": False})
+
+
 def test_missing_split_lists_those_there_are(data_dir):
     with pytest.raises(DataError, match="no split 'validation'; it has train"):
         open_source("tiny_photographs", "validation", data_dir)

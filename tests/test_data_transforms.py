@@ -9,9 +9,8 @@ from vqgan_jax.data.decoding import decode_image, decode_label_map
 from vqgan_jax.data.errors import DataError, UnreadableImage
 from vqgan_jax.data.images import to_float, to_uint8
 from vqgan_jax.data.transforms import (
-    crop,
+    Transform,
     evaluation_transform,
-    flip,
     resize_shorter_side,
     training_transform,
 )
@@ -110,11 +109,25 @@ def test_downscaling_averages_and_label_maps_do_not():
 def test_random_crops_reach_every_offset_and_the_centre_is_the_centre():
     places = np.stack(np.meshgrid(np.arange(7), np.arange(9), indexing="ij"), -1).astype(np.uint8)
     rng = np.random.default_rng(0)
-    corners = {tuple(crop(places, 5, rng)[0, 0]) for _ in range(500)}
+    anywhere = Transform(5, -1, random_crop=True)
+    corners = {tuple(anywhere(places, rng)[0, 0]) for _ in range(500)}
     assert corners == {(y, x) for y in range(3) for x in range(5)}
-    assert crop(places, 5)[0, 0].tolist() == [1, 2]
-    mirrored = [flip(places, rng)[0, 0, 1] == 8 for _ in range(400)]
+    assert Transform(5, -1)(places)[0, 0].tolist() == [1, 2]
+    flipping = Transform(5, -1, random_flip=True)
+    mirrored = [flipping(places, rng)[0, 0, 1] == 6 for _ in range(400)]
     assert 150 < sum(mirrored) < 250
+
+
+def test_random_numbers_are_drawn_in_the_order_that_runs_began_with():
+    image = np.arange(19 * 23 * 3).reshape(19, 23, 3).astype(np.uint8)
+    ours, theirs = np.random.default_rng(5), np.random.default_rng(5)
+    transform = Transform(7, -1, random_crop=True, random_flip=True)
+    for _ in range(20):
+        top, left = theirs.integers(13), theirs.integers(17)
+        expected = image[top : top + 7, left : left + 7]
+        if theirs.random() < 0.5:
+            expected = expected[:, ::-1]
+        np.testing.assert_array_equal(transform(image, ours), expected)
 
 
 def test_config_chooses_the_transform():

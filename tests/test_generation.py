@@ -36,9 +36,8 @@ def generator(transformer_run):
 def test_run_checkpoint_and_export_are_one_generator(transformer_run, generator, tmp_path):
     config, variables, _ = read_variables(transformer_run)
     tokenizer = generator.tokenizer
-    write_export(
-        tmp_path / "export", config, variables, tokenizer=(tokenizer.config, tokenizer.variables)
-    )
+    tokenizers = {"tokenizer": (tokenizer.config, tokenizer.variables)}
+    write_export(tmp_path / "export", config, variables, tokenizers=tokenizers)
     expected = generator.sample(seed=3, num_samples=4, condition="sea")
     assert expected.shape == (4, 16, 16, 3) and expected.dtype == np.uint8
     assert len(np.unique(expected.reshape(4, -1), axis=0)) == 4
@@ -120,7 +119,7 @@ def test_other_classes_temperatures_and_seeds_compile_nothing(generator, caplog)
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"guidance_schedule": "sine"}, "guidance_schedule is 'sine'"),
         ({"num_samples": 0}, "num_samples is 0"),
-        ({"height": 32}, "images of 16x16 pixels"),
+        ({"height": 8}, "height is 8; it must be a multiple of 4 pixels and at least 16"),
         ({"known": np.full(16, 24), "known_mask": True}, "known codes are outside of 0 to 23"),
         ({"known": np.zeros(16, int)}, "known codes need known_mask"),
         ({"indices": [1]}, "1 indices for 4 samples"),
@@ -154,11 +153,19 @@ def test_what_a_model_was_not_trained_for(generator):
 # ---- The command.
 
 
-def start(run, output, *arguments, devices=1):
+def start(run, output, *arguments, devices=1, process=None):
+    """`process` is (index, port) of one of two."""
+    environment = stage2.environment_of_processes(devices)
+    if process is not None:
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{process[1]}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(process[0]),
+        }
     command = [sys.executable, "-m", "vqgan_jax.sample", f"--checkpoint={run}"]
     return subprocess.Popen(
         [*command, f"--output={output}", f"--num_samples={COUNT}", "--batch_size=2", *arguments],
-        env=stage2.environment_of_processes(devices),
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -173,6 +180,18 @@ def sampled(transformer_run, tmp_path_factory):
     assert code == 0, errors
     assert f"{COUNT} samples: png, grid, npz" in printed
     return output
+
+
+def test_two_processes_share_the_work(transformer_run, sampled, tmp_path):
+    port = runs.free_port()
+    output = tmp_path / "output"
+    processes = [
+        start(transformer_run, output, "--format=png,grid,npz", process=(i, port)) for i in (0, 1)
+    ]
+    results = [runs.finish(process) for process in processes]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert f"{COUNT} samples: png" in results[0][1] and "samples" not in results[1][1]
+    assert runs.fingerprint(output) == runs.fingerprint(sampled)
 
 
 def pictures(output):

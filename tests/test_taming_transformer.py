@@ -163,7 +163,7 @@ def test_the_yaml_sets_every_key():
         dropout=0.2,
         attention_dropout=0.3,
     )
-    assert (config.condition.kind, config.condition.num_classes) == ("class", 48)
+    assert (config.condition.kinds, config.condition.num_classes) == (("class",), 48)
     assert not config.condition.own_table
     assert config.training.pkeep == 0.9 and config.training.batch_size == 5
     assert config.optimizer.base_learning_rate == 4.5e-6
@@ -260,7 +260,8 @@ def own_run(directory, **options):
     params["position_embedding"] = jax.random.normal(key, (SIDE**2, 32))
     tokenizer = tokenizer_config()
     variables = tiny.initial_variables(tokenizer)
-    write_export(directory, config, {"params": params}, tokenizer=(tokenizer, variables))
+    tokenizers = {"tokenizer": (tokenizer, variables)}
+    write_export(directory, config, {"params": params}, tokenizers=tokenizers)
 
 
 def test_the_start_token_of_an_own_table_comes_back_by_its_position(tmp_path):
@@ -275,7 +276,7 @@ def test_the_start_token_of_an_own_table_comes_back_by_its_position(tmp_path):
 
 
 def test_forms_that_the_reference_does_not_have_stay_here(tmp_path):
-    classes = {"condition": {"kind": "class", "num_classes": 5}}
+    classes = {"condition": {"kinds": ("class",), "num_classes": 5}}
     own_run(tmp_path / "classes", **classes)
     with pytest.raises(ConversionError, match="table for them"):
         convert.convert_back(tmp_path / "classes", tmp_path / "x.ckpt")

@@ -18,6 +18,8 @@ from PIL import Image
 import tiny
 import training_runs as runs
 import vqgan_jax
+from vqgan_jax.conditions.coordinates import coordinate_tokens
+from vqgan_jax.conditions.derived import canny_edges, low_resolution
 from vqgan_jax.data.augmentations import AllViews, list_views
 from vqgan_jax.data.code_writer import ShardImages
 from vqgan_jax.data.codes import check_codes, open_codes
@@ -39,6 +41,17 @@ def export(tmp_path_factory):
     """An untrained tokenizer of 32 codes."""
     config = tiny.config_of_tiny_model()
     path = tmp_path_factory.mktemp("exports") / "tiny"
+    write_export(path, config, tiny.initial_variables(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def labels_export(tmp_path_factory):
+    """An untrained tokenizer of maps of five labels."""
+    config = tiny.config_of_tiny_model(codebook_size=16)
+    config.model.in_channels = config.model.out_channels = config.data.num_labels = 5
+    config.loss.binary_cross_entropy = 1.0
+    path = tmp_path_factory.mktemp("exports") / "labels"
     write_export(path, config, tiny.initial_variables(config))
     return path
 
@@ -155,7 +168,7 @@ def test_manifest_has_no_trace_of_time_or_place(whole, export):
     assert manifest.keys() == {
         *("format", "version", "dataset", "split", "image_key", "count", "class_names"),
         *("resolution", "resize", "augmentations", "grid", "codebook_size", "fingerprint"),
-        *("dtype", "images_per_shard", "shards"),
+        *("dtype", "images_per_shard", "conditions", "shards"),
     }
     assert len(manifest["shards"]) == 60
     assert manifest["augmentations"] == ["centre", "centre_flip"]
@@ -197,24 +210,20 @@ def test_moving_average_is_what_encodes(photographs, tmp_path):
     assert np.mean(codes.gather(np.arange(COUNT)) == expected.reshape(COUNT, 256)) > 0.999
 
 
-def test_label_maps_and_another_resolution(tmp_path):
-    config = tiny.config_of_tiny_model()
-    config.model.in_channels = config.model.out_channels = config.data.num_labels = 5
-    config.loss.binary_cross_entropy = 1.0
-    write_export(tmp_path / "export", config, tiny.initial_variables(config))
+def test_label_maps_and_another_resolution(labels_export, tmp_path):
     maps = np.random.default_rng(0).integers(0, 5, (3, 16, 16)).astype(np.uint8)
     (tmp_path / "maps").mkdir()
     for i, labels in enumerate(maps):
         Image.fromarray(labels).save(tmp_path / "maps" / f"{i}.png")
     dataset = f"folder:{tmp_path / 'maps'}"
-    tokenize(str(tmp_path / "export"), tmp_path / "codes", dataset, ["all"], resolution=16)
+    tokenize(str(labels_export), tmp_path / "codes", dataset, ["all"], resolution=16)
     codes = open_codes(tmp_path / "codes" / "all")
     one_hot = np.eye(5, dtype=np.float32)[maps]
-    expected = np.asarray(vqgan_jax.load(tmp_path / "export").encode(one_hot))
+    expected = np.asarray(vqgan_jax.load(labels_export).encode(one_hot))
     assert codes.grid == (8, 8) and codes.num_classes == 0 and (codes.labels == -1).all()
     assert np.mean(codes.gather(np.arange(3)) == expected.reshape(3, 64)) > 0.98
     with pytest.raises(DataError, match="--resolution=17 is not divisible by .* factor 2"):
-        tokenize(str(tmp_path / "export"), tmp_path / "other", dataset, ["all"], resolution=17)
+        tokenize(str(labels_export), tmp_path / "other", dataset, ["all"], resolution=17)
 
 
 def test_images_come_shard_by_shard_padded_and_can_be_sent_to_other_processes(photographs):
@@ -322,6 +331,164 @@ def test_other_choices_are_refused_in_one_line(whole, export, photographs, tmp_p
             tokenize(str(export), whole[0], **same | {"images_per_shard": 2} | change)
         assert "\n" not in str(error.value)
     assert contents(whole[0]) == before
+
+
+# ---- Conditions.
+
+SCENES = 40
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Images of 16 x 20 pixels and their maps of five labels."""
+    folder, random = tmp_path_factory.mktemp("scenes"), np.random.default_rng(1)
+    for i in range(SCENES):
+        image = Image.fromarray(random.integers(0, 256, (4, 5, 3), np.uint8)).resize((20, 16))
+        labels = Image.fromarray(random.integers(0, 5, (16, 20), np.uint8))
+        for key, picture in (("", image), ("segmentation", labels)):
+            (folder / key / "train").mkdir(parents=True, exist_ok=True)
+            picture.save(folder / key / "train" / f"{i:02}.png")
+    return folder
+
+
+def condition_arguments(export, labels_export, scenes, output):
+    conditions = (
+        f"segmentation={labels_export}",
+        f"edges={export}",
+        f"low_resolution:2={export}",
+        "coordinates=100",
+    )
+    return dict(
+        checkpoint=str(export),
+        output=output,
+        dataset=f"folder:{scenes}",
+        splits=["train"],
+        augmentations=["flip"],
+        resolution=16,
+        batch_size=2,
+        images_per_shard=2,
+        conditions=conditions,
+    )
+
+
+@pytest.fixture(scope="module")
+def conditioned(export, labels_export, scenes, tmp_path_factory):
+    """Codes with those of conditions, by this process and its eight devices."""
+    output = tmp_path_factory.mktemp("conditioned") / "codes"
+    tokenize(**condition_arguments(export, labels_export, scenes, output))
+    return output
+
+
+def test_condition_codes_are_those_of_their_tokenizers(conditioned, export, labels_export, scenes):
+    codes = open_codes(conditioned / "train", verify=True)
+    ours, of_labels = vqgan_jax.load(export), vqgan_jax.load(labels_export)
+    images = np.stack([np.asarray(Image.open(p)) for p in sorted(scenes.glob("train/*"))])
+    maps = np.stack(
+        [np.asarray(Image.open(p)) for p in sorted(scenes.glob("segmentation/train/*"))]
+    )
+    images, maps = images[:, :, 2:18], maps[:, :, 2:18]
+    whole = np.array(coordinate_tokens(16, 20, 2, 100, (0, 2, 16, 16)))
+    for view in range(2):
+        if view == 1:
+            images, maps, whole = images[:, :, ::-1], maps[:, :, ::-1], whole[:, ::-1]
+        edges = np.stack([canny_edges(image) for image in images])
+        blurred = np.stack([low_resolution(image, 2) for image in images])
+        for name, tokenizer, pictures in (
+            ("", ours, images / np.float32(127.5) - 1),
+            ("segmentation", of_labels, np.eye(5, dtype=np.float32)[maps]),
+            ("edges", ours, edges / np.float32(127.5) - 1),
+            ("low_resolution", ours, blurred / np.float32(127.5) - 1),
+        ):
+            expected = np.asarray(tokenizer.encode(pictures)).reshape(SCENES, 64)
+            found = codes.gather(np.arange(SCENES), view, name)
+            assert np.mean(found == expected) > 0.99, name
+            assert len(np.unique(found)) > 3, name
+        places = codes.gather(np.arange(SCENES), view, "coordinates")
+        np.testing.assert_array_equal(places, np.tile(whole.ravel(), (SCENES, 1)))
+    maps_info, scaled = codes.conditions["segmentation"], codes.conditions["low_resolution"]
+    assert (maps_info.vocabulary, maps_info.grid) == (16, (8, 8))
+    assert maps_info.fingerprint == of_labels.fingerprint and maps_info.image_key == "segmentation"
+    assert (scaled.derive, scaled.scale, scaled.image_key) == ("low_resolution", 2, "")
+    assert codes.conditions["coordinates"].vocabulary == 101
+
+
+def test_a_killed_pass_with_conditions_is_ended_by_two_processes(
+    conditioned, export, labels_export, scenes, tmp_path
+):
+    values = condition_arguments(export, labels_export, scenes, tmp_path / "codes")
+    names = {"splits": "split", "augmentations": "augment"}
+    command = [
+        f"--{names.get(k, k)}={','.join(v) if isinstance(v, list | tuple) else v}"
+        for k, v in values.items()
+    ]
+    process = start(*command)
+    wait_for_shards(process, tmp_path / "codes" / "train", 1)
+    process.kill()
+    runs.finish(process)
+    assert not (tmp_path / "codes" / "train" / "manifest.json").exists()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(*command, process=(index, 2, port)) for index in range(2)]
+    for code, output, errors in [runs.finish(process) for process in processes]:
+        assert code == 0, f"{output}\n{errors}"
+    assert contents(tmp_path / "codes") == contents(conditioned)
+
+
+def test_verify_and_info_have_conditions(conditioned, labels_export, tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    for name, content in contents(conditioned).items():
+        (tmp_path / name).write_bytes(content)
+    verify(str(tmp_path))
+    print_info(str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "all 120 files are as they were written" in printed
+    fingerprint = vqgan_jax.load(labels_export).fingerprint
+    for line in (
+        f"segmentation: 8x8 tokens a view, 16 different ones, by {fingerprint} in float32",
+        "low_resolution: 8x8 tokens a view, 32 different ones, derived from the image, 2 times",
+        "coordinates: 8x8 tokens a view, 101 different ones\n",
+    ):
+        assert line in printed
+    path = tmp_path / "train" / "condition-edges-00007-of-00020.npy"
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="1 of .* condition-edges-00007-of-00020.npy has another"):
+        verify(str(tmp_path))
+
+
+def test_conditions_that_cannot_be_are_refused_in_one_line(
+    conditioned, export, labels_export, scenes, tmp_path
+):
+    values = condition_arguments(export, labels_export, scenes, tmp_path / "codes")
+    for conditions, words in (
+        (["segmentation"], "it takes NAME=TOKENIZER"),
+        ([f"edges:4={export}"], "it takes NAME=TOKENIZER"),
+        (["coordinates=many"], "it takes NAME=TOKENIZER"),
+        ([f"depth={export}"], "no pictures of the feature 'depth'"),
+        ([f"edges={labels_export}"], "the tokenizer is one of label maps"),
+        ([f"edges={export}"] * 2, "edges is there twice"),
+        ([f"image={export}"], "cannot be called 'image'"),
+        ([f"low_resolution:0={export}"], "is 0 times smaller"),
+    ):
+        with pytest.raises(DataError, match=words) as error:
+            tokenize(**values | {"conditions": conditions})
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "codes").exists()
+    coarse = tiny.config_of_tiny_model()
+    coarse.model.channel_multipliers = (1, 1, 1)
+    shapes = jax.eval_shape(lambda: tiny.initial_variables(coarse))
+    write_export(tmp_path / "coarse", coarse, jax.tree.map(lambda x: np.ones(x.shape), shapes))
+    change = {"conditions": [f"segmentation={tmp_path / 'coarse'}"], "resolution": 18}
+    words = "factor 4 of the tokenizer of the condition segmentation does not divide .* 18"
+    with pytest.raises(DataError, match=words):
+        tokenize(**values | change)
+    before = contents(conditioned)
+    words = "its conditions is segmentation, edges, low_res.* and here it is segmentation, edges"
+    with pytest.raises(DataError, match=words):
+        tokenize(**values | {"output": conditioned, "conditions": values["conditions"][:2]})
+    assert contents(conditioned) == before
 
 
 # ---- Looking at what there is.

@@ -167,7 +167,7 @@ def test_grouped_queries_are_repeated_keys():
 
 def test_rotary_positions_are_relative_in_both_directions():
     """The product of a query and a key depends on the difference of their rows and columns."""
-    angles = rotary_angles((4, 6), 1, 16)
+    angles = rotary_angles((4, 6), [(1,)], 16)
     assert angles.shape == (25, 8) and not angles[0].any()
     random = np.random.default_rng(0)
     query, key = (
@@ -180,7 +180,7 @@ def test_rotary_positions_are_relative_in_both_directions():
     np.testing.assert_allclose(at[2, 2, 1, 1], at[3, 5, 2, 4], rtol=1e-4)
     assert abs(at[1, 2, 0, 4] - at[1, 2, 0, 3]) > 1e-3
     with pytest.raises(ValueError, match="multiple of 4 channels, not 6"):
-        rotary_angles((2, 2), 1, 6)
+        rotary_angles((2, 2), [(1,)], 6)
 
 
 def test_recomputed_and_unrolled_layers_give_the_same_gradients():

@@ -22,7 +22,8 @@ from vqgan_jax.training.checkpoints import CheckpointError, read_variables
 from vqgan_jax.training.learner import Learner
 from vqgan_jax.training.loop import train
 from vqgan_jax.training.sharding import make_mesh
-from vqgan_jax.training.transformer_stage import TransformerStage, resolved
+from vqgan_jax.training.transformer_setup import resolved
+from vqgan_jax.training.transformer_stage import TransformerStage
 from vqgan_jax.training.transformer_step import objective, transformer_step
 
 LAST = 10
@@ -48,7 +49,7 @@ def test_codes_of_both_ways_are_those_of_the_tokenizer(transformer_inputs, tmp_p
     seen, labels = [], []
     for _ in range(64 // 8):
         batch = next(batches)
-        codes = np.asarray(stage._codes_of(batch))
+        codes = np.asarray(stage._tokens_of(batch)["codes"])
         pixels = np.asarray(batch["image"]) / np.float32(127.5) - 1
         np.testing.assert_array_equal(codes, tokenizer.encode(pixels).reshape(8, NUM_CODES))
         seen += [row.tobytes() for row in codes.astype(np.int32)]
@@ -65,7 +66,7 @@ def test_codes_of_both_ways_are_those_of_the_tokenizer(transformer_inputs, tmp_p
     batches = stage.batches(0)
     allowed = {row.tobytes() for row in np.concatenate([expected, flipped])}
     for _ in range(8):
-        codes = np.asarray(stage._codes_of(next(batches)))
+        codes = np.asarray(stage._tokens_of(next(batches))["codes"])
         assert {row.tobytes() for row in codes} <= allowed
     batches.close()
 
@@ -121,7 +122,7 @@ def learner(transformer_inputs):
     codes = [open_codes(transformer_inputs.codes / split) for split in stage2.COUNTS]
 
     def make(dtype="float32", **sections):
-        return Learner.from_config(resolved(tiny_config(dtype, **sections), tokenizer, codes))
+        return Learner.from_config(resolved(tiny_config(dtype, **sections), tokenizer, codes=codes))
 
     return make
 
@@ -184,7 +185,8 @@ def accuracy(learner, seed, count=4000):
             strict=True,
         )
     )
-    _, metrics = jax.jit(lambda params: objective(learner, params, codes, labels, keys))(
+    batch = {"codes": codes, "label": labels}
+    _, metrics = jax.jit(lambda params: objective(learner, params, batch, keys))(
         copying_params(learner)
     )
     return float(metrics["accuracy"])
@@ -208,12 +210,12 @@ def test_classes_are_left_out(learner):
 def batch_of_codes(size=8):
     random = np.random.default_rng(0)
     codes = random.integers(0, CODEBOOK, (size, NUM_CODES)).astype(np.int32)
-    return codes, np.arange(size, dtype=np.int32) % 3
+    return {"codes": codes, "label": np.arange(size, dtype=np.int32) % 3}
 
 
 def test_moving_average(learner):
     learner = learner(optimizer={"ema_decay": 0.3})
-    step = jax.jit(lambda state: transformer_step(learner, state, *batch_of_codes())[0])
+    step = jax.jit(lambda state: transformer_step(learner, state, batch_of_codes())[0])
     first = initial(learner)
     second = step(first)
     third = step(second)
@@ -239,7 +241,7 @@ def test_accumulated_gradients_are_those_of_the_batch(float64, learner):
         settings = PLAIN | {"optimizer": {"accumulate": count, "eps": 1e-3}}
         own = learner("float64", **settings)
         states.append(
-            jax.jit(lambda own=own: transformer_step(own, own.init(), *batch_of_codes()))()
+            jax.jit(lambda own=own: transformer_step(own, own.init(), batch_of_codes()))()
         )
     (whole, metrics), (parts, metrics_of_parts) = states
     for name, value in metrics.items():
@@ -428,12 +430,12 @@ def test_warm_start_from_another_model(transformer_run, transformer_inputs, tmp_
         ({"condition": {"num_classes": 4}}, "config.condition.num_classes is 4"),
         ({"condition": {"class_names": ("a", "b", "c")}}, "config.condition.class_names is"),
         ({"condition": {"dropout": 0.0}}, "guidance_scale needs a model"),
-        ({"condition": {"kind": "none"}}, "condition.dropout leaves out a condition"),
+        ({"condition": {"kinds": ()}}, "condition.dropout leaves out conditions"),
         (
             {
                 "condition": {
                     "own_table": False,
-                    "kind": "none",
+                    "kinds": (),
                     "start_token": 24,
                     "dropout": 0.0,
                 },
@@ -480,7 +482,7 @@ def test_codes_of_another_grid_and_without_classes(transformer_inputs, tmp_path)
             stage2.train_alone(tiny_config(data=data), tmp_path / "run")
         assert "the data has no classes" in assert_one_line(error)
     assert not (tmp_path / "run").exists()
-    settings = PLAIN | {"condition": {"kind": "none", "dropout": 0.0}}
+    settings = PLAIN | {"condition": {"kinds": (), "dropout": 0.0}}
     config = tiny_config(data={"codes": str(inputs / "without_classes")}, **settings)
     config.training.update(num_steps=2, evaluate_every=2)
     stage2.train_alone(config, tmp_path / "run")

@@ -112,11 +112,16 @@ def fails(workdir, *arguments, **options):
     return lines[0]
 
 
-def start_several(count, workdir, *arguments, **options):
-    """The processes of one run; `options` as of `start`."""
+def free_port():
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start_several(count, workdir, *arguments, **options):
+    """The processes of one run; `options` as of `start`."""
+    port = free_port()
     return [
         start(workdir, *arguments, process=(index, count, port), **options)
         for index in range(count)

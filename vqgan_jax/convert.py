@@ -31,7 +31,7 @@ from vqgan_jax.interop.taming_transformer_yaml import (
 )
 from vqgan_jax.interop.taming_yaml import config_from_yaml, reference_class, yaml_from_config
 from vqgan_jax.interop.torch_pickle import CheckpointFileError
-from vqgan_jax.training.checkpoints import read_variables, tokenizer_path, write_export
+from vqgan_jax.training.checkpoints import TOKENIZER, read_variables, tokenizer_path, write_export
 
 
 def convert(checkpoint_file: Path, description_file: Path, output: Path) -> None:
@@ -71,7 +71,10 @@ def _convert_transformer(checkpoint_file: Path, project: Mapping, output: Path) 
     state_dict = transformer_state_dict_of(torch_file.read_checkpoint(checkpoint_file))
     converted = transformer_from_state_dict(state_dict, description)
     write_export(
-        output, config, {"params": converted.params}, tokenizer=(tokenizer, converted.tokenizer)
+        output,
+        config,
+        {"params": converted.params},
+        tokenizers={TOKENIZER: (tokenizer, converted.tokenizer)},
     )
 
     model, report = config.model, converted.report
@@ -168,7 +171,7 @@ def _form(model: ConfigDict) -> str:
 
 
 def _condition(condition: ConfigDict) -> str:
-    if condition.kind == "class":
+    if condition.kinds == ("class",):
         return f"one of {condition.num_classes:,} classes"
     return "none, a start token"
 

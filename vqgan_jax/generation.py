@@ -4,7 +4,7 @@ import copy
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,19 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from vqgan_jax.conditions.given import Condition, GivenConditions
+from vqgan_jax.conditions.kinds import Conditions
 from vqgan_jax.inference import Tokenizer
+from vqgan_jax.models.tiled_decoding import decode_codes
 from vqgan_jax.sampling.decoding import sample_codes
 from vqgan_jax.sampling.filters import Filters
 from vqgan_jax.sampling.guidance import SCHEDULES, guidance_scales
 from vqgan_jax.sampling.likelihood import log_likelihood
-from vqgan_jax.training.learner import make_conditions, make_transformer
+from vqgan_jax.sampling.sliding_window import num_steps, sample_steps
+from vqgan_jax.training.learner import make_transformer
 from vqgan_jax.training.pictures import intensities_to_rgb, label_colors
 
-Condition = int | str | Sequence[int] | Sequence[str] | np.ndarray | None
+STEPS = 64  # of a sliding window, between two reports
 
 
 class Generator:
@@ -30,16 +34,25 @@ class Generator:
         config: the config of its training, resolved.
         params: the transformer's.
         tokenizer: what decodes its codes.
+        of_conditions: the tokenizers of its condition images, by name.
+        given: how conditions are given.
         class_names: empty where classes have no names.
-        num_codes: of an image.
     """
 
-    def __init__(self, config: ConfigDict, params, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        config: ConfigDict,
+        params,
+        tokenizer: Tokenizer,
+        of_conditions: Mapping[str, Tokenizer] | None = None,
+    ):
         """A generator around given parameters; `load` makes one from files."""
         self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.of_conditions = dict(of_conditions or {})
+        self.given = GivenConditions(config, tokenizer.factor, self.of_conditions)
         self.class_names = config.condition.class_names
-        self.num_codes = math.prod(config.model.grid)
         self._transformer = make_transformer(config)
+        self._conditions = Conditions.from_config(config)
         devices = jax.local_devices()
         mesh = jax.make_mesh(
             (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
@@ -49,6 +62,7 @@ class Generator:
         self._whole = NamedSharding(mesh, PartitionSpec())
         # Compiled when they are first used, and shared by what `with_params` makes.
         self._draw = self._on_each_device(self._draw_rows, 4)
+        self._slide = self._on_each_device(self._slide_rows, 6)
         self._decode = self._on_each_device(self._decode_rows, 1)
         self._likelihood = jax.jit(self._log_likelihood)
 
@@ -62,9 +76,10 @@ class Generator:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all parameters, the transformer's and the tokenizer's."""
+        """SHA-256 of all parameters, the transformer's and the tokenizers'."""
         digest = hashlib.sha256()
-        for tree in (self.params, self.tokenizer.variables):
+        of_conditions = [own.variables for _, own in sorted(self.of_conditions.items())]
+        for tree in (self.params, self.tokenizer.variables, *of_conditions):
             for leaf in jax.tree.leaves(tree):
                 digest.update(np.ascontiguousarray(leaf).data)
         return digest.hexdigest()
@@ -75,16 +90,19 @@ class Generator:
         Returns:
             `(num_samples, H, W, 3)` uint8.
         """
-        height, width = options.get("height"), options.get("width")
-        grid = self._grid(height, width)
+        grid = self.grid(options.get("height"), options.get("width"))
         codes = self.sample_codes(seed, num_samples, **options)
-        size = self._rows_at_once(options.get("batch_size"), num_samples)
-        parts = _padded_parts(codes.reshape(-1, *grid), size)
+        return self.decode(codes.reshape(-1, *grid), options.get("batch_size"))
+
+    def decode(self, codes: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Codes `(B, h, w)` -> images `(B, H, W, 3)` uint8; label maps in their colours."""
+        size = self._rows_at_once(batch_size, len(codes))
+        parts = _padded_parts(codes, size)
         images = [
             self._decode(self._tokenizer_variables, jax.device_put(part, self._rows))
             for part in parts
         ]
-        return np.concatenate([self._to_rgb(part) for part in images])[:num_samples]
+        return np.concatenate([to_rgb(self.tokenizer, part) for part in images])[: len(codes)]
 
     def sample_codes(
         self,
@@ -102,8 +120,12 @@ class Generator:
         batch_size: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        on_progress: Callable[[int, int, np.ndarray], None] | None = None,
+        rows: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
         """Draws codes, a whole batch in one compiled program.
+
+        An image larger than those of the training is drawn through a window that slides over it.
 
         Sample number i depends on `seed` and i alone, up to rounding: not on the batch that it is
         drawn in, nor on the number of devices.
@@ -111,18 +133,25 @@ class Generator:
         Args:
             seed: of the noise.
             num_samples: how many.
-            condition: a class, or one for each sample, by number or name; None for no class.
+            condition: as of `GivenConditions.batch`: a class, or one for each sample, by number or
+                name; pictures; layouts; None for no condition.
             temperature: 0 takes the most likely code. None here and below: as the config says.
             top_k: so many most likely codes; 0 for all.
             top_p: the most likely codes that together reach this probability.
             guidance_scale: 1 is no guidance.
             guidance_schedule: "constant", "linear" or "cosine".
-            known: `(num_samples, N)` or `(N,)` codes, of which those in `known_mask` are kept.
+            known: `(num_samples, N)` or `(N,)` codes, of which those in `known_mask` are kept; N
+                codes are those of the whole image, row by row.
             known_mask: like `known`, bool: any part of the image.
             indices: the samples' numbers; None for 0, 1, ...
             batch_size: samples at once on each device; None for all, at most 64.
-            height: of the images in pixels; None for that of the training's.
+            height: of the images in pixels, at least that of the training's; None for that.
             width: the same.
+            on_progress: called with the steps made, all steps, and the codes so far `(B, h, w)`,
+                from time to time; each code then costs a whole forward pass, as it does in larger
+                images.
+            rows: of a batch of `num_samples` codes, whose conditions are taken; with no
+                `condition`.
 
         Returns:
             `(num_samples, N)` int32.
@@ -130,10 +159,13 @@ class Generator:
         Raises:
             ValueError: an option cannot be.
         """
-        self._grid(height, width)
+        grid = self.grid(height, width)
         _check(num_samples >= 1, f"num_samples is {num_samples}; it must be at least 1.")
         settings = self.settings(temperature, top_k, top_p, guidance_scale, guidance_schedule)
-        labels = self.labels(condition, num_samples)
+        if rows is None:
+            rows = self.given.batch(condition, num_samples, grid)
+        else:
+            rows = self._conditions.read(rows)
         top_p, scale = settings["top_p"], settings["guidance_scale"]
         filters = Filters(
             temperature=np.float32(settings["temperature"]),
@@ -142,18 +174,56 @@ class Generator:
         )
         scales = None
         if scale != 1.0:
-            scales = guidance_scales(scale, self.num_codes, settings["guidance_schedule"])
-        known, known_mask = self._known(known, known_mask, num_samples)
+            scales = guidance_scales(scale, math.prod(grid), settings["guidance_schedule"])
         indices = np.asarray(range(num_samples) if indices is None else indices, np.uint32)
         _check(len(indices) == num_samples, f"{len(indices)} indices for {num_samples} samples.")
+        known, known_mask = self._known(known, known_mask, num_samples, math.prod(grid))
 
         size = self._rows_at_once(batch_size, num_samples)
-        parts = [_padded_parts(array, size) for array in (labels, indices, known, known_mask)]
+        parts = jax.tree.map(
+            lambda array: _padded_parts(array, size), (rows, indices, known, known_mask)
+        )
+        whole = self._params, jax.random.key(seed), filters, scales
+        slides = on_progress is not None or grid != tuple(self.config.model.grid)
         drawn = []
-        for rows in zip(*parts, strict=True):
-            rows = jax.device_put(rows, self._rows)
-            drawn.append(self._draw(self._params, jax.random.key(seed), filters, scales, *rows))
+        for number in range(-(-num_samples // size)):
+            part = jax.tree.map(
+                lambda pieces, number=number: pieces[number],
+                parts,
+                is_leaf=lambda leaf: isinstance(leaf, list),
+            )
+            part = jax.device_put(part, self._rows)
+            if slides:
+                drawn.append(self._slide_over(grid, whole, part, on_progress))
+            else:
+                drawn.append(self._draw(*whole, *part))
         return np.concatenate(jax.device_get(drawn))[:num_samples]
+
+    def _slide_over(self, grid, whole, part, on_progress) -> jax.Array:
+        """Draws large images, some steps at a time, so that there is something to see of it."""
+        params, key, filters, scales = whole
+        rows, indices, known, known_mask = part
+        codes, mask = known.reshape(-1, *grid), known_mask.reshape(-1, *grid)
+        scales = None if scales is None else scales.reshape(grid)
+        total = num_steps(*grid, self.config.model.grid[1])
+        for first in range(0, total, STEPS):
+            codes = self._slide(
+                params, key, filters, scales, first, STEPS, rows, indices, codes, mask
+            )
+            if on_progress is not None:
+                on_progress(min(first + STEPS, total), total, np.asarray(codes))
+        return codes.reshape(len(codes), -1)
+
+    def condition_pictures(self, rows: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """What condition images look like that a batch of codes has, `(B, H, W, 3)` uint8 each.
+
+        As their tokenizers decode them: what the transformer knows of them.
+        """
+        pictures = []
+        for name, tokenizer in self.of_conditions.items():
+            codes = np.asarray(rows[name]).reshape(-1, *self.config.condition.images[name].grid)
+            pictures.append(to_rgb(tokenizer, tokenizer.decode(codes)))
+        return pictures
 
     def settings(
         self,
@@ -183,7 +253,7 @@ class Generator:
         _check(0.0 < top_p <= 1.0, f"top_p is {top_p}; it must be in (0, 1].")
         _check(
             scale == 1.0 or self.config.condition.dropout > 0.0,
-            "guidance needs a model that was trained without classes too "
+            "guidance needs a model that was trained without conditions too "
             "(config.condition.dropout).",
         )
         _check(
@@ -206,51 +276,19 @@ class Generator:
             ValueError: they are not codes of this model's grid.
         """
         codes = np.asarray(codes, np.int32)
-        rows, columns = self.config.model.grid
+        rows, columns = grid = tuple(self.config.model.grid)
         _check(
-            codes.shape[1:] in ((self.num_codes,), (rows, columns)),
+            codes.shape[1:] in ((rows * columns,), grid),
             f"codes have shape {codes.shape}; this model's are (B, {rows}, {columns}) or "
-            f"(B, {self.num_codes}).",
+            f"(B, {rows * columns}).",
         )
         self._check_range(codes, "codes")
-        codes = codes.reshape(len(codes), self.num_codes)
-        labels = self.labels(condition, len(codes))
-        return np.asarray(self._likelihood(self._params, labels, codes))
+        codes = codes.reshape(len(codes), -1)
+        given = self.given.batch(condition, len(codes), grid)
+        return np.asarray(self._likelihood(self._params, given, codes))
 
-    def labels(self, condition: Condition, num_samples: int) -> np.ndarray:
-        """The class of each sample, `(num_samples,)` int32, -1 for none.
-
-        Raises:
-            ValueError: there is no such class, or the model needs one.
-        """
-        settings = self.config.condition
-        if condition is None:
-            _check(
-                settings.kind == "none" or settings.dropout > 0.0,
-                f"this model draws images of a class: condition must be one of its "
-                f"{settings.num_classes} classes.",
-            )
-            return np.full(num_samples, -1, np.int32)
-        _check(settings.kind == "class", "this model has no classes; condition must be None.")
-        one_for_all = isinstance(condition, str) or np.ndim(condition) == 0
-        wanted = [condition] * num_samples if one_for_all else list(condition)
-        _check(
-            len(wanted) == num_samples,
-            f"condition has {len(wanted)} classes for {num_samples} samples.",
-        )
-        return np.array([self._class_number(name) for name in wanted], np.int32)
-
-    def _class_number(self, name: int | str) -> int:
-        count = self.config.condition.num_classes
-        if isinstance(name, str) and not name.isdigit():
-            names = ", ".join(self.class_names) or f"0 to {count - 1}"
-            _check(name in self.class_names, f"there is no class {name!r}; there are {names}.")
-            return self.class_names.index(name)
-        _check(0 <= int(name) < count, f"there is no class {name}; there are 0 to {count - 1}.")
-        return int(name)
-
-    def _known(self, known, known_mask, num_samples):
-        shape = (num_samples, self.num_codes)
+    def _known(self, known, known_mask, num_samples, num_codes):
+        shape = (num_samples, num_codes)
         if known is None:
             return np.zeros(shape, np.int32), np.zeros(shape, bool)
         _check(known_mask is not None, "known codes need known_mask, which says where they are.")
@@ -263,12 +301,28 @@ class Generator:
         inside = codes.size == 0 or (codes.min() >= 0 and codes.max() < size)
         _check(inside, f"{name} are outside of 0 to {size - 1}.")
 
-    def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
-        rows, columns = self.config.model.grid
-        size = rows * self.tokenizer.factor, columns * self.tokenizer.factor
-        asked = height or size[0], width or size[1]
-        _check(asked == size, f"this model draws images of {size[0]}x{size[1]} pixels.")
-        return rows, columns
+    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Rows and columns of codes of an image with these sides in pixels; None as in training.
+
+        Raises:
+            ValueError: the image would be smaller than the training's, or of broken codes.
+        """
+        factor, sizes = self.tokenizer.factor, []
+        for name, asked, window in zip(
+            ("height", "width"), (height, width), self.config.model.grid, strict=True
+        ):
+            pixels = asked or window * factor
+            _check(
+                pixels % factor == 0 and pixels >= window * factor,
+                f"{name} is {pixels}; it must be a multiple of {factor} pixels and at least "
+                f"{window * factor}, the size of the images that the model was trained on.",
+            )
+            sizes.append(pixels // factor)
+        return tuple(sizes)
+
+    def size_of(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in pixels of an image of `grid` codes."""
+        return grid[0] * self.tokenizer.factor, grid[1] * self.tokenizer.factor
 
     def _rows_at_once(self, batch_size: int | None, num_samples: int) -> int:
         on_each = batch_size or min(64, -(-num_samples // self._num_devices))
@@ -299,42 +353,68 @@ class Generator:
 
         return jax.jit(on_each_device)
 
-    def _draw_rows(self, params, key, filters, scales, labels, indices, known, known_mask):
-        condition = self.config.condition
-        null = None
-        if scales is not None:
-            null = make_conditions(condition, jnp.full_like(labels, -1))
+    def _contexts(self, given, guided: bool, indices) -> tuple[list, list | None]:
+        """The parts of the conditions, and those of no condition for guidance."""
+        batch = given or {"indices": indices}
+        null = self._conditions.parts(batch, dropped=True) if guided else None
+        return self._conditions.parts(batch), null
+
+    def _draw_rows(self, params, key, filters, scales, given, indices, known, known_mask):
+        parts, null = self._contexts(given, scales is not None, indices)
         return sample_codes(
             self._transformer,
             params,
-            make_conditions(condition, labels),
+            _joined(parts),
             key,
             indices,
             filters,
             known,
             known_mask,
+            None if null is None else _joined(null),
+            scales,
+        )
+
+    def _slide_rows(self, params, key, filters, scales, first, count, given, indices, codes, mask):
+        parts, null = self._contexts(given, scales is not None, indices)
+        return sample_steps(
+            self._transformer,
+            params,
+            parts,
+            key,
+            indices,
+            filters,
+            codes,
+            mask,
+            first,
+            count,
             null,
             scales,
         )
 
     def _decode_rows(self, variables, codes):
-        return self.tokenizer.module.apply(variables, codes, method="decode")
+        return decode_codes(self.tokenizer.module, variables, codes)
 
-    def _log_likelihood(self, params, labels, codes):
-        conditions = make_conditions(self.config.condition, labels)
-        return log_likelihood(self._transformer, params, conditions, codes)
+    def _log_likelihood(self, params, given, codes):
+        parts, _ = self._contexts(given, False, codes)
+        return log_likelihood(self._transformer, params, _joined(parts), codes)
 
-    def _to_rgb(self, decoded: jax.Array) -> np.ndarray:
-        """What the tokenizer decodes, as pictures: label maps in their colours."""
-        num_labels = self.tokenizer.config.data.num_labels
-        if num_labels > 0:
-            return label_colors(num_labels)[np.argmax(decoded, axis=-1)]
-        return intensities_to_rgb(np.asarray(decoded))
+
+def to_rgb(tokenizer: Tokenizer, decoded: jax.Array) -> np.ndarray:
+    """What a tokenizer decodes, as pictures, uint8: label maps in their colours."""
+    num_labels = tokenizer.config.data.num_labels
+    if num_labels > 0:
+        return label_colors(num_labels)[np.argmax(decoded, axis=-1)]
+    return intensities_to_rgb(np.asarray(decoded))
 
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _joined(parts: Sequence[jax.Array]) -> jax.Array:
+    """The parts of conditions as one sequence of tokens, `(B, num_conditions)`."""
+    return jnp.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
 
 def _padded_parts(array: np.ndarray, size: int) -> list[np.ndarray]:

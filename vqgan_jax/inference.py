@@ -11,8 +11,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vqgan_jax.configuration import downsampling_factor
+from vqgan_jax.models.tiled_decoding import decode_codes
 from vqgan_jax.training.checkpoints import (
     CheckpointError,
+    condition_folder,
     read_variables,
     shapes,
     tokenizer_path,
@@ -90,6 +92,8 @@ class Tokenizer:
     def decode(self, codes) -> jax.Array:
         """Codes `(B, h, w)` -> images `(B, f h, f w, C)` in [-1, 1]; logits for label maps.
 
+        Large images are decoded in tiles, with the same result: more time, less memory.
+
         Codes outside the codebook are looked for where they are on the host; on a device they give
         NaN.
 
@@ -142,7 +146,7 @@ class Tokenizer:
         label_map = self.config.data.num_labels > 0
 
         def decode(variables, codes):
-            images = self.module.apply(variables, codes, method="decode")
+            images = decode_codes(self.module, variables, codes)
             return images if label_map else jnp.clip(images, -1.0, 1.0)
 
         return jax.jit(decode, compiler_options=compile_options())
@@ -165,7 +169,13 @@ def load(path: str | os.PathLike):
         return _tokenizer(path, config, variables)
     from vqgan_jax.generation import Generator
 
-    return Generator(config, variables["params"], load_tokenizer(tokenizer_path(path)))
+    of_conditions = {
+        name: load_tokenizer(tokenizer_path(path, condition_folder(name)))
+        for name in config.condition.kinds
+        if name in config.condition.images
+    }
+    tokenizer = load_tokenizer(tokenizer_path(path))
+    return Generator(config, variables["params"], tokenizer, of_conditions)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:

@@ -2,12 +2,16 @@
 
     python -m vqgan_jax.sample --checkpoint=runs/quickstart_transformer --output=samples
     python -m vqgan_jax.sample --checkpoint=DIR --output=DIR --num_samples=50000 --format=npz
+    python -m vqgan_jax.sample --checkpoint=DIR --output=DIR --num_samples=1 --height=512
+        --width=1024 --condition=segmentation=map.png --animate
 
 The output has a PNG for each sample, `000000.png` and so on; `grid.png`, an overview of the first
-ones, with a row for each class; and `samples.npz`, uint8 (N, H, W, 3) as `arr_0`, as public FID
-scripts read it, with the classes as `labels`. Of a model with classes, samples are of all of them
-in turn, or of those that `--class` names. What the options leave open is as the model's config
-says. The same command makes what is missing of an output that was begun.
+ones, with a row for each class; `samples.npz`, uint8 (N, H, W, 3) as `arr_0`, as public FID scripts
+read it, with the classes as `labels`; and `animation.gif`, the first image as it forms. Of a model
+with classes, samples are of all of them in turn, or of those that `--class` names; of other
+conditions, files are taken in turn. Images larger than those of the training are drawn through a
+window that slides over them. What the options leave open is as the model's config says. The same
+command makes what is missing of an output that was begun.
 """
 
 import io
@@ -17,7 +21,7 @@ import os
 import pathlib
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -26,10 +30,13 @@ from jax.experimental import multihost_utils
 from PIL import Image, ImageDraw, ImageFont
 
 from vqgan_jax import commands
+from vqgan_jax.conditions.files import SIDES, read_conditions
 from vqgan_jax.data.errors import DataError
+from vqgan_jax.drawing import Drawing, Film
 
 FORMATS = ("png", "grid", "npz")
 GRID, ARRAYS, SETTINGS = "grid.png", "samples.npz", "settings.json"
+ANIMATION = "animation.gif"
 GRID_SAMPLES, GRID_COLUMNS, GRID_SIDE = 64, 8, 128
 FONT_SIZE, MARGIN = 14, 6
 
@@ -42,6 +49,12 @@ def sample(
     formats: Sequence[str] = ("png", "grid"),
     batch_size: int = 16,
     seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    conditions: Mapping[str, str] | None = None,
+    complete: str = "",
+    keep: str = "top",
+    animate: bool = False,
     **options,
 ) -> None:
     """Draws what is missing of `num_samples` images and writes them to `output`.
@@ -54,7 +67,13 @@ def sample(
         formats: of "png", "grid" and "npz".
         batch_size: samples at once on each device.
         seed: of the noise.
-        **options: of `Generator.sample_codes`; None as the model's config says.
+        height: of the images in pixels; None as in training.
+        width: the same.
+        conditions: files or folders of files, by kind, for the samples in turn.
+        complete: an image of which a part is kept; see `conditions.files.read_known_part`.
+        keep: which half, where the image is not transparent.
+        animate: whether to show how the first samples form.
+        **options: of `Generator.settings`; None as the model's config says.
 
     Raises:
         CheckpointError: of `vqgan_jax.load`, and where it is a tokenizer.
@@ -73,20 +92,36 @@ def sample(
     generator = load(checkpoint)
     if not isinstance(generator, Generator):
         raise CheckpointError(f"{checkpoint} is a tokenizer; sample needs a transformer.")
+    condition = generator.config.condition
     try:
-        if not classes and generator.config.condition.kind == "class":
-            classes = [str(i) for i in range(generator.config.condition.num_classes)]
-        labels = generator.labels(list(classes), len(classes)) if classes else None
+        if not classes and "class" in condition.kinds:
+            classes = [str(i) for i in range(condition.num_classes)]
+        if classes and "class" not in condition.kinds:
+            raise ValueError("this model has no classes.")
+        labels = generator.given.labels(list(classes), len(classes)) if classes else None
     except ValueError as error:
         raise DataError(f"--class: {error}") from error
+    given = {} if labels is None else {"class": labels}
+    given |= {
+        kind: read_conditions(condition, kind, path) for kind, path in (conditions or {}).items()
+    }
     try:
         options = generator.settings(**options)
+        grid = generator.grid(height, width)
+        # What does not fit ends here: as a trial the first of each, and the size of all.
+        generator.given.batch({kind: values[0] for kind, values in given.items()} or None, 1, grid)
+        for kind in condition.images.keys() & given.keys():
+            for picture in given[kind]:
+                generator.given.check_image(kind, picture, generator.size_of(grid))
     except ValueError as error:
         raise DataError(str(error)) from error
+    drawing = Drawing(generator, grid, given, options | {"seed": seed})
+    if complete:
+        drawing.complete(complete, keep)
 
     # Nothing is written before everything is known to be right.
     settings = {"seed": seed, "classes": None if labels is None else labels.tolist()} | options
-    settings |= {"model": generator.fingerprint}
+    settings |= {"model": generator.fingerprint} | drawing.settings()
     compare(output, settings)
     multihost_utils.sync_global_devices("sample: compared")
     if jax.process_index() == 0:
@@ -97,7 +132,7 @@ def sample(
 
     of_sample = None if labels is None else labels[np.arange(num_samples) % len(labels)]
     if "png" in formats or stored_samples(output / ARRAYS) != num_samples:
-        draw_missing(generator, output, num_samples, of_sample, batch_size, seed, options)
+        draw_missing(drawing, output, num_samples, batch_size, animate)
         multihost_utils.sync_global_devices("sample: drawn")
         if jax.process_index() == 0:
             finish(generator, output, num_samples, of_sample, formats)
@@ -113,12 +148,13 @@ def compare(output: pathlib.Path, settings: dict) -> None:
     file = output / SETTINGS
     if file.is_file():
         stored = json.loads(file.read_text())
-        different = [name for name in settings if stored.get(name) != settings[name]]
+        names = dict.fromkeys((*settings, *stored))
+        different = [name for name in names if stored.get(name) != settings.get(name)]
         if different:
             name = different[0]
             raise DataError(
-                f"{output} was begun with {name} {stored.get(name)}, and this is {settings[name]}; "
-                "choose another --output."
+                f"{output} was begun with {name} {stored.get(name)}, and this is "
+                f"{settings.get(name)}; choose another --output."
             )
         return
     if output.exists() and not (output.is_dir() and set(output.iterdir()) <= leftovers(output)):
@@ -135,7 +171,7 @@ def stored_samples(path: pathlib.Path) -> int:
     return shape[0]
 
 
-def draw_missing(generator, output, num_samples, labels, batch_size, seed, options) -> None:
+def draw_missing(drawing, output, num_samples, batch_size, animate) -> None:
     """Draws the batches of which a PNG is missing, those of this process.
 
     Batches are always the same ones: a sample that is drawn again has the same neighbours, and so
@@ -150,14 +186,11 @@ def draw_missing(generator, output, num_samples, labels, batch_size, seed, optio
     start, done = time.perf_counter(), 0
     for indices in todo:
         full = np.concatenate([indices, np.repeat(indices[-1:], size - len(indices))])
-        images = generator.sample(
-            seed,
-            len(full),
-            condition=None if labels is None else labels[full],
-            indices=full,
-            batch_size=batch_size,
-            **options,
-        )
+        film = Film(drawing, show=animate and indices[0] == 0)
+        codes = drawing.draw(full, batch_size, film if film.show or drawing.slides else None)
+        images = drawing.generator.decode(codes, batch_size)
+        if film.show:
+            write_atomically(output / ANIMATION, film.encoded())
         for index, image in zip(indices, images, strict=False):
             if path_of(output, index).exists():
                 continue
@@ -261,8 +294,26 @@ def main() -> None:
         flags.FLAGS["format"].value,
         flags.FLAGS["batch_size"].value,
         flags.FLAGS["seed"].value,
+        flags.FLAGS["height"].value,
+        flags.FLAGS["width"].value,
+        split_conditions(flags.FLAGS["condition"].value),
+        flags.FLAGS["complete"].value,
+        flags.FLAGS["keep"].value,
+        flags.FLAGS["animate"].value,
         **values,
     )
+
+
+def split_conditions(given: Sequence[str]) -> dict[str, str]:
+    """KIND=PATH, several of them, to a mapping.
+
+    Raises:
+        DataError: one is not of that form.
+    """
+    wrong = [text for text in given if "=" not in text]
+    if wrong:
+        raise DataError(f"--condition={wrong[0]}: it must be KIND=PATH.")
+    return dict(text.split("=", 1) for text in given)
 
 
 OPTIONS = ("temperature", "top_k", "top_p", "guidance_scale", "guidance_schedule")
@@ -281,6 +332,14 @@ def _define_flags() -> None:
     flags.DEFINE_float("top_p", None, "Draw from the likeliest codes that reach this probability.")
     flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 for none.")
     flags.DEFINE_string("guidance_schedule", None, "constant, linear or cosine.")
+    flags.DEFINE_integer("height", None, "Pixels; as in training by default.", lower_bound=1)
+    flags.DEFINE_integer("width", None, "Pixels; as in training by default.", lower_bound=1)
+    flags.DEFINE_list("condition", [], "KIND=PATH of a file or folder: pictures, maps, layouts.")
+    flags.DEFINE_string(
+        "complete", "", "An image to keep a part of: what is not transparent, or the half --keep."
+    )
+    flags.DEFINE_enum("keep", "top", SIDES, "The half of --complete that is kept.")
+    flags.DEFINE_bool("animate", False, "Write an animated GIF of the first image as it forms.")
     flags.mark_flags_as_required(["checkpoint", "output"])
 
 

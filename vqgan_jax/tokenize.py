@@ -5,6 +5,12 @@
     python -m vqgan_jax.tokenize --info=codes/earth
     python -m vqgan_jax.tokenize --verify=codes/earth
 
+`--conditions=segmentation=PATH,edges=PATH,low_resolution:4=PATH,coordinates=1024` also writes the
+tokens of what a transformer is to be conditioned on, each image through the tokenizer at its path.
+`edges` and `low_resolution` (here four times smaller) are made from the images themselves,
+`coordinates` (here in 1024 intervals) say where in its image a crop lies; any other name is that of
+another feature of the data set.
+
 Each split gets a directory of its own below the output, as in `codes/earth/train`. The same command
 goes on with a pass that was stopped or killed, with the shards that are missing. Several processes,
 joined as in training, share the work; the output must be a directory that all of them see. Files do
@@ -12,10 +18,11 @@ not depend on how many processes and devices made them.
 """
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
@@ -28,17 +35,16 @@ from ml_collections import ConfigDict
 
 from vqgan_jax import commands
 from vqgan_jax.data.augmentations import AllViews, list_views
-from vqgan_jax.data.code_manifest import CodesInfo, find_codes
+from vqgan_jax.data.code_manifest import CodesInfo
+from vqgan_jax.data.code_report import print_info, verify
 from vqgan_jax.data.code_writer import CodeWriter, ShardImages
-from vqgan_jax.data.codes import open_codes
+from vqgan_jax.data.condition_sources import DERIVED, ConditionImage, Coordinates
 from vqgan_jax.data.elements import ReadTransformed
 from vqgan_jax.data.errors import DataError
-from vqgan_jax.data.pipeline import DamageCount, Prefetched, read_batches
-from vqgan_jax.data.sources import open_source
+from vqgan_jax.data.pipeline import DamageCount, Prefetched, open_reader, read_batches
 from vqgan_jax.data.transforms import evaluation_transform
 from vqgan_jax.inference import Tokenizer, load_tokenizer
-from vqgan_jax.metrics.codebook import perplexity, usage
-from vqgan_jax.training.encoding import HostEncoder
+from vqgan_jax.training.encoding import HostEncoder, describe_condition, encode_batches
 from vqgan_jax.training.progress import Progress
 from vqgan_jax.training.stopping import Preempted, StopSignal
 
@@ -58,6 +64,7 @@ def tokenize(
     data_dir: str = "",
     batch_size: int = 32,
     images_per_shard: int = 4096,
+    conditions: Sequence[str] = (),
 ) -> None:
     """Writes the codes of each split into a directory of its name below `output`.
 
@@ -73,11 +80,13 @@ def tokenize(
         data_dir: where data sets are; empty = as in training.
         batch_size: images that go through a device together.
         images_per_shard: of all shards but the last.
+        conditions: whose tokens are written too, each as in the flag: "NAME=TOKENIZER",
+            "low_resolution:SCALE=TOKENIZER" or "coordinates=INTERVALS".
 
     Raises:
         CheckpointError: of `load_tokenizer`.
-        DataError: there is no such data set or split, or the output holds other codes. Nothing is
-            written then.
+        DataError: there is no such data set, split or feature, a tokenizer is not for it, or the
+            output holds other codes. Nothing is written then.
         Preempted: asked to stop by SIGTERM or SIGINT.
     """
     tokenizer = load_tokenizer(checkpoint)
@@ -88,10 +97,13 @@ def tokenize(
             f"--resolution={resolution} is not divisible by the tokenizer's factor "
             f"{tokenizer.factor}."
         )
+    check_channels("tokenizer", tokenizer)
+    sources = [open_condition(text, tokenizer.factor) for text in conditions]
+    views = AllViews(evaluation_transform(tokenizer.config, resolution), list_views(augmentations))
     passes = []
     for split in dict.fromkeys(splits):
-        read = open_reader(tokenizer.config, split, resolution, augmentations)
-        info = describe(tokenizer, read, split, images_per_shard)
+        read = open_reader(tokenizer.config.data, split, views, [s.condition for s in sources])
+        info = describe(tokenizer, sources, read, split, images_per_shard)
         writer = CodeWriter(pathlib.Path(output) / split, info)
         if writer.is_complete:
             say(f"{writer.directory} is complete.")
@@ -100,9 +112,12 @@ def tokenize(
     begin([writer for _, writer in passes])
 
     with StopSignal() as stop:
-        encoder = HostEncoder(tokenizer, batch_size)
+        encoders = {"image": HostEncoder(tokenizer, batch_size)}
+        for source in sources:
+            if source.tokenizer is not None:
+                encoders[source.condition.name] = HostEncoder(source.tokenizer, batch_size)
         for read, writer in passes:
-            encode_split(encoder, read, writer, stop)
+            encode_split(encoders, read, writer, stop)
             finish(writer, stop)
             say(f"Wrote {writer.directory}: {writer.info.count} images.")
 
@@ -135,32 +150,58 @@ def set_data(
         data.resize = 0  # it belonged to another resolution
 
 
-def open_reader(
-    config: ConfigDict, split: str, resolution: int, augmentations: Sequence[str]
-) -> ReadTransformed:
-    """Reads the images of a split as all their views, uint8 `(views, H, W, 3)` or `(views, H, W)`.
+@dataclasses.dataclass(frozen=True)
+class ConditionTokens:
+    """Where the tokens of a condition come from.
+
+    Attributes:
+        condition: what is read.
+        tokenizer: what makes tokens of it; None where it is read as tokens.
+    """
+
+    condition: ConditionImage | Coordinates
+    tokenizer: Tokenizer | None = None
+
+
+def open_condition(text: str, factor: int) -> ConditionTokens:
+    """What an item of `--conditions` asks for, beside codes of `factor` pixels.
 
     Raises:
-        DataError: there is no such data set, split or augmentation, or they are not for the
-            tokenizer.
+        CheckpointError: there is no tokenizer at its path.
+        DataError: it is none of "NAME=TOKENIZER", "low_resolution:SCALE=TOKENIZER" and
+            "coordinates=INTERVALS", or the tokenizer is not for images.
     """
-    data = config.data
-    if config.model.in_channels != (data.num_labels or 3):
+    key, _, value = text.partition("=")
+    name, colon, scale = key.partition(":")
+    scaled = not colon or (name == "low_resolution" and scale.isdecimal())
+    counted = name != "coordinates" or value.isdecimal()
+    if not (name and value and scaled and counted):
         raise DataError(
-            f"The tokenizer takes {config.model.in_channels} channels; the images of data sets "
-            "have 3."
+            f"--conditions has {text!r}; it takes NAME=TOKENIZER, as in segmentation=runs/labels "
+            "or edges=runs/edges, low_resolution:4=TOKENIZER and coordinates=1024."
         )
-    views = AllViews(evaluation_transform(config, resolution), list_views(augmentations))
-    source = open_source(
-        data.name, split, data.data_dir, data.image_key, resolution, data.num_labels > 0
-    )
-    if len(source) == 0:
-        raise DataError(f"The split {split!r} of {data.name} is empty.")
-    return ReadTransformed(source, views, data.num_labels)
+    if name == "coordinates":
+        return ConditionTokens(Coordinates(factor, int(value)))
+    tokenizer = load_tokenizer(value)
+    check_channels(f"tokenizer of the condition {name}", tokenizer)
+    feature = {"derive": name, "scale": int(scale or 4)} if name in DERIVED else {"image_key": name}
+    num_labels = tokenizer.config.data.num_labels
+    return ConditionTokens(ConditionImage(name, num_labels=num_labels, **feature), tokenizer)
+
+
+def check_channels(what: str, tokenizer: Tokenizer) -> None:
+    """Raises `DataError` where a tokenizer takes other images than data sets have."""
+    channels = tokenizer.config.model.in_channels
+    if channels != (tokenizer.config.data.num_labels or 3):
+        raise DataError(f"The {what} takes {channels} channels; the images of data sets have 3.")
 
 
 def describe(
-    tokenizer: Tokenizer, read: ReadTransformed, split: str, images_per_shard: int
+    tokenizer: Tokenizer,
+    sources: Sequence[ConditionTokens],
+    read: ReadTransformed,
+    split: str,
+    images_per_shard: int,
 ) -> CodesInfo:
     """All that determines the codes of a split."""
     views, data = read.transform, tokenizer.config.data
@@ -179,6 +220,10 @@ def describe(
         fingerprint=tokenizer.fingerprint,
         dtype=jnp.dtype(tokenizer.module.dtype).name,
         images_per_shard=images_per_shard,
+        conditions=tuple(
+            describe_condition(source.condition, views.resolution, source.tokenizer)
+            for source in sources
+        ),
     )
 
 
@@ -186,9 +231,14 @@ def describe(
 
 
 def encode_split(
-    encoder: HostEncoder, read: ReadTransformed, writer: CodeWriter, stop: StopSignal
+    encoders: Mapping[str, HostEncoder],
+    read: ReadTransformed,
+    writer: CodeWriter,
+    stop: StopSignal,
 ) -> None:
     """Writes the shards of a split that this process is to write and that are not there yet.
+
+    `encoders` are by the names that the images have in the examples of `read`.
 
     Raises:
         Preempted: asked to stop; finished shards are kept.
@@ -200,12 +250,13 @@ def encode_split(
         say(f"{writer.directory} goes on: {len(ours) - len(shards)} of {len(ours)} shards exist.")
     if not shards:
         return
+    encoder = encoders["image"]
     images = ShardImages(read, [writer.info.images_of(i) for i in shards], encoder.batch_size)
     damage = DamageCount(read.source)
 
     def put(batch: dict) -> dict:
         damage.note(batch["index"], batch["skipped"])
-        return batch | {"views": encoder.put(batch.pop("image"))}
+        return batch | {key: own.put(batch[key]) for key, own in encoders.items()}
 
     elements = read_batches(grain.MapDataset.source(images), encoder.batch_size, encoder.data)
     total = len(images) // encoder.batch_size
@@ -215,7 +266,7 @@ def encode_split(
         contextlib.closing(Prefetched(elements.map(put), encoder.data.prefetch)) as batches,
         ThreadPoolExecutor(1) as disk,
     ):
-        results, writing = encoder.codes(timed(batches, progress)), None
+        results, writing = encode_batches(encoders, timed(batches, progress)), None
         for shard, size in zip(shards, sizes, strict=True):
             parts = []
             for _ in range(math.ceil(size / encoder.batch_size)):
@@ -226,12 +277,19 @@ def encode_split(
                     last_report = time.monotonic()
                 if stop.received:
                     raise stopped(writer)
-            codes = np.concatenate([codes for codes, _ in parts])[:size]
-            labels = np.concatenate([batch["label"] for _, batch in parts])[:size]
-            replaced = [batch["index"][batch["skipped"] > 0] for _, batch in parts]
+            shard_of = {
+                key: np.concatenate([part[key] for part in parts])[:size] for key in parts[0]
+            }
             if writing:
                 writing.result()
-            writing = disk.submit(writer.write, shard, codes, labels, np.concatenate(replaced))
+            writing = disk.submit(
+                writer.write,
+                shard,
+                shard_of["image"],
+                shard_of["label"],
+                shard_of["index"][shard_of["skipped"] > 0],
+                {condition.name: shard_of[condition.name] for condition in read.conditions},
+            )
         if writing:
             writing.result()
 
@@ -288,57 +346,6 @@ def stopped(writer: CodeWriter) -> Preempted:
     return Preempted(f"Stopped in {writer.directory}; the same command goes on from there.")
 
 
-# ---- What is on disk.
-
-
-def verify(directory: str) -> None:
-    """Compares every file in a directory of codes, or those below it, with its manifest.
-
-    Raises:
-        DataError: something is not as it was written, or there are no codes.
-    """
-    failures = []
-    for path in find_codes(pathlib.Path(directory)) or [pathlib.Path(directory)]:
-        try:
-            codes = open_codes(path, verify=True)
-        except DataError as error:
-            failures.append(str(error))
-        else:
-            print(f"{path}: all {2 * codes.info.num_shards} files are as they were written.")
-    if failures:
-        raise DataError("\n".join(failures))
-
-
-def print_info(directory: str) -> None:
-    """Prints what a directory of codes, or those below it, hold.
-
-    Raises:
-        DataError: there are no codes, or they are not complete.
-    """
-    for path in find_codes(pathlib.Path(directory)) or [pathlib.Path(directory)]:
-        codes = open_codes(path)
-        info = codes.info
-        counts = np.zeros(info.codebook_size, np.int64)
-        for first in range(0, len(codes), 4096):
-            some = codes.gather(np.arange(first, min(first + 4096, len(codes))))
-            counts += np.bincount(some.ravel(), minlength=info.codebook_size)
-        names = info.augmentations
-        views = ", ".join(names if len(names) <= 4 else (*names[:3], "...", names[-1]))
-        print(
-            f"{path}",
-            f"  images      {info.count} at {info.resolution} pixels, split {info.split} of "
-            f"{info.dataset}, {info.num_classes or 'no'} classes",
-            f"  replaced    {codes.num_replaced} damaged images, each by the next one",
-            f"  views       {len(names)} of each: {views}",
-            f"  codes       {info.grid[0]}x{info.grid[1]} a view, of a codebook of "
-            f"{info.codebook_size}, in {info.num_shards} shards",
-            f"  tokenizer   {info.fingerprint}, computed in {info.dtype}",
-            f"  codebook    {float(usage(counts)):.1%} used by the first view, "
-            f"with a perplexity of {float(perplexity(counts)):.1f}",
-            sep="\n",
-        )
-
-
 # ---- The command.
 
 
@@ -365,6 +372,7 @@ def main() -> None:
             options.data_dir,
             options.batch_size,
             options.images_per_shard,
+            options.conditions,
         )
 
 
@@ -385,6 +393,12 @@ def _define_flags() -> None:
     flags.DEFINE_string("data_dir", "", "Where data sets are; empty = as in training.")
     flags.DEFINE_integer("batch_size", 32, "Images at a time on each device.", lower_bound=1)
     flags.DEFINE_integer("images_per_shard", 4096, "Images in a file.", lower_bound=1)
+    flags.DEFINE_list(
+        "conditions",
+        [],
+        "Conditions whose tokens are written too, each NAME=TOKENIZER, such as segmentation=PATH, "
+        "edges=PATH or low_resolution:4=PATH, or coordinates=INTERVALS.",
+    )
     flags.DEFINE_string("info", "", "Print what a directory of codes holds, and do nothing else.")
     flags.DEFINE_string("verify", "", "Check a directory of codes, and do nothing else.")
 

@@ -15,9 +15,14 @@ from vqgan_jax.configuration.tokenizer import (
     tokenizer_config,
     validate_tokenizer,
 )
-from vqgan_jax.configuration.transformer import transformer_config, validate_transformer
+from vqgan_jax.configuration.transformer import (
+    add_condition_image,
+    transformer_config,
+    validate_transformer,
+)
 
 __all__ = [
+    "add_condition_image",
     "ConfigError",
     "downsampling_factor",
     "from_json",

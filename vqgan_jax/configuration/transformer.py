@@ -38,12 +38,24 @@ def transformer_config() -> ConfigDict:
     )
     config.condition = ConfigDict(
         dict(
-            kind="none",  # "none": a start token; "class": the image's class
-            num_classes=0,  # 0 = the data's
-            class_names=(),  # empty = the data's
+            # In the order of their tokens: of "class", "coordinates", "layout" and the names of
+            # `images`; empty = a start token.
+            kinds=(),
             own_table=True,  # False: tokens of the codes' table, as in the reference
-            start_token=0,  # "none" without an own table
-            dropout=0.0,  # how often the class is left out in training, for guidance
+            start_token=0,  # without kinds and without an own table
+            dropout=0.0,  # how often conditions are left out in training, for guidance
+            num_classes=0,  # of "class"; 0 = the data's
+            class_names=(),  # of "class"; empty = the data's
+            images={},  # images of another kind, by `add_condition_image`
+            coordinates=dict(intervals=1024),  # of [0, 1], which the image's pixels run through
+            layout=dict(
+                num_classes=0,  # of objects
+                places="boxes",  # "boxes": two corners an object; "centers": one point
+                num_tokens=8192,  # classes, places on a grid of as many points, and padding
+                max_objects=30,
+                attributes=(),  # of objects: "group", "occluded", "depiction", "inside"
+                with_crop=True,  # two tokens say which part of the scene the image is
+            ),
         )
     )
     config.tokenizer = ConfigDict(
@@ -66,13 +78,39 @@ def transformer_config() -> ConfigDict:
     return config.lock()
 
 
+def add_condition_image(config: ConfigDict, name: str, tokenizer: str, **values) -> None:
+    """Adds an image of another kind, whose codes stand in front, as the last kind so far.
+
+    Args:
+        config: of `transformer_config`.
+        name: of the kind; files and flags have it too.
+        tokenizer: its run, checkpoint or export.
+        **values: `image_key`, the feature of the data set that holds it, by default `name`; or
+            `derive`, "edges" or "low_resolution" of the image itself, the latter `scale` times
+            smaller.
+    """
+    image = dict(
+        tokenizer=tokenizer,
+        image_key=name,
+        derive="",
+        scale=4,
+        codebook_size=0,  # what follows is the tokenizer's, found when a run begins
+        grid=(),
+        num_labels=0,
+    )
+    unknown = sorted(values.keys() - image.keys())
+    require(not unknown, f"A condition image has no {', '.join(unknown)}.")
+    with config.unlocked():
+        config.condition.images[name] = ConfigDict(image | values)
+    config.condition.kinds = (*config.condition.kinds, name)
+
+
 def validate_transformer(config: ConfigDict) -> None:
     """Raises `ConfigError` for values that cannot work, before anything compiles."""
     validate_base(config)
     one_of(config, "model.norm", "layer", "rms")
     one_of(config, "model.feed_forward", "gelu", "swiglu")
     one_of(config, "model.positions", "learned", "rotary")
-    one_of(config, "condition.kind", "none", "class")
     one_of(config, "sampling.guidance_schedule", "constant", "linear", "cosine")
     positive(config, "model.num_layers", "model.num_heads", "model.width")
 
@@ -92,9 +130,31 @@ def validate_transformer(config: ConfigDict) -> None:
         "config.model.positions is rotary, which needs heads of a multiple of 4 channels; "
         f"width / num_heads is {model.width // model.num_heads}.",
     )
+    known = ("class", "coordinates", "layout", *condition.images)
+    for kind in condition.kinds:
+        require(
+            kind in known,
+            f"config.condition.kinds has {kind!r}; there are {', '.join(known)}.",
+        )
     require(
-        condition.dropout == 0 or condition.kind == "class",
-        "config.condition.dropout leaves out a condition: set config.condition.kind=class.",
+        len(set(condition.kinds)) == len(condition.kinds),
+        f"config.condition.kinds has a kind twice: {', '.join(condition.kinds)}.",
+    )
+    for name, image in condition.images.items():
+        require(
+            image.derive in ("", "edges", "low_resolution"),
+            f"config.condition.images.{name}.derive is {image.derive!r}; it must be empty, edges "
+            "or low_resolution.",
+        )
+        require(
+            bool(image.tokenizer) and image.scale >= 1,
+            f"config.condition.images.{name} needs the path of its tokenizer, and a scale of at "
+            "least 1.",
+        )
+    require(
+        condition.dropout == 0 or bool(condition.kinds),
+        "config.condition.dropout leaves out conditions: set config.condition.kinds=class, or "
+        "other kinds.",
     )
     require(
         0.0 <= condition.dropout < 1.0 and 0.0 <= config.training.pkeep <= 1.0,
@@ -102,7 +162,7 @@ def validate_transformer(config: ConfigDict) -> None:
     )
     require(
         config.sampling.guidance_scale == 1.0 or condition.dropout > 0.0,
-        "config.sampling.guidance_scale needs a model that was trained without classes too: set "
+        "config.sampling.guidance_scale needs a model that was trained without conditions too: set "
         "config.condition.dropout=0.1.",
     )
     sampling = config.sampling

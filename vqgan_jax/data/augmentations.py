@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vqgan_jax.data.errors import DataError
-from vqgan_jax.data.transforms import Transform
+from vqgan_jax.data.transforms import Crop, Transform, cut_all
 
 AUGMENTATIONS = ("flip", "ten_crop")
 TEN_CROP_PERCENTS = (110, 105)  # sides of the squares that the crops are cut from
@@ -66,6 +66,21 @@ def list_views(augmentations: Sequence[str]) -> tuple[View, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Crops:
+    """Several crops of an image; takes the place of one `Crop`."""
+
+    crops: tuple[Crop, ...]
+
+    def cut(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, 3), or (H, W) for label maps, to (views, side, side, ...)."""
+        return cut_all(image, self.crops)
+
+    def coordinates(self, factor: int, intervals: int) -> np.ndarray:
+        """As `Crop.coordinates`, int32 (views, n)."""
+        return np.stack([crop.coordinates(factor, intervals) for crop in self.crops])
+
+
+@dataclasses.dataclass(frozen=True)
 class AllViews:
     """From an image of any size to all its views; takes the place of a `Transform`.
 
@@ -82,28 +97,35 @@ class AllViews:
         """Side of a view in pixels."""
         return self.transform.resolution
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """uint8 (H, W, 3), or (H, W) for label maps, to the views stacked on a new first axis.
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the views of a label map."""
+        return len(self.views), *self.transform.shape
 
-        Nothing is random.
+    def place(self, height: int, width: int, rng: np.random.Generator | None = None) -> Crops:
+        """Which parts of an image of a size are taken. Nothing is random.
 
         Raises:
           DataError: when the image is smaller than a square, which only `resize=-1` allows.
         """
-        squares = {}
-        for percent in {view.percent for view in self.views}:
-            squares[percent] = self._square_transform(percent)(image, rng)
-        return np.stack([self._cut(squares[view.percent], view) for view in self.views])
+        squares = {
+            percent: self._square(percent).place(height, width, rng)
+            for percent in {view.percent for view in self.views}
+        }
+        return Crops(tuple(self._crop(squares[view.percent], view) for view in self.views))
 
-    def _square_transform(self, percent: int) -> Transform:
+    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """uint8 (H, W, 3), or (H, W) for label maps, to `shape`, or with channels; see `place`."""
+        return self.place(*image.shape[:2], rng).cut(image)
+
+    def _square(self, percent: int) -> Transform:
         if percent == 100:
             return self.transform
         side = self.resolution * percent // 100
         # Where pixels are taken as they are, a larger square of them shows more of the image.
         return Transform(side, -1 if self.transform.resize == -1 else side)
 
-    def _cut(self, square: np.ndarray, view: View) -> np.ndarray:
-        margin = len(square) - self.resolution
-        top, left = margin * view.row // 2, margin * view.column // 2
-        crop = square[top:, left:][: self.resolution, : self.resolution]
-        return crop[:, ::-1] if view.flipped else crop
+    def _crop(self, square: Crop, view: View) -> Crop:
+        margin = square.side - self.resolution
+        top, left = square.top + margin * view.row // 2, square.left + margin * view.column // 2
+        return Crop(square.whole, top, left, self.resolution, view.flipped)

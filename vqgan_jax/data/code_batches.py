@@ -46,15 +46,11 @@ class EvaluationBatches(Sequence):
         return -(-len(self._indices) // self._batch_size)
 
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        """`codes` of augmentation 0, `label`, and `mask`, float32 (rows,), 0 for padding."""
+        """What `Codes.rows` has of augmentation 0, and `mask`, float32 (rows,), 0 for padding."""
         places = position * self._batch_size + self._rows
         mask = places < len(self._indices)
         images = self._indices[np.where(mask, places, 0)]
-        return {
-            "codes": self._codes.gather(images),
-            "label": self._codes.labels[images],
-            "mask": mask.astype(np.float32),
-        }
+        return self._codes.rows(images) | {"mask": mask.astype(np.float32)}
 
 
 def training_code_batches(
@@ -72,8 +68,9 @@ def training_code_batches(
       start_step: number of the first batch.
 
     Returns:
-      An iterator over global arrays of all hosts: `codes`, int32 (B, h * w), and `label`, int32
-      (B,), -1 where there is none. Its `close()` ends its threads.
+      An iterator over global arrays of all hosts: `codes`, int32 (B, h * w); `label`, int32 (B,),
+      -1 where there is none; and under its name each condition, int32 (B, n). Its `close()` ends
+      its threads.
     """
     batch_size = config.training.batch_size
     rows = _rows_of_host(sharding, batch_size)

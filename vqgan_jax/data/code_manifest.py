@@ -1,8 +1,12 @@
 """What a directory of codes holds and how it was made: `manifest.json`, and the shards' names.
 
 A directory has for each shard `codes-00000-of-00016.npy`, (n, augmentations, h * w) uint16 or
-uint32, and `labels-00000-of-00016.npy`, (n,) int32, and for all of them `manifest.json`. Nothing in
-them depends on when, where and on how many machines they were made.
+uint32; `labels-00000-of-00016.npy`, (n,) int32; for each condition that is stored beside them
+`condition-NAME-00000-of-00016.npy`, (n, augmentations, tokens) uint16 or uint32; and for all of
+them `manifest.json`. Nothing in them depends on when, where and on how many machines they were
+made.
+
+Version 1 of the format had no conditions.
 """
 
 import dataclasses
@@ -14,9 +18,43 @@ import numpy as np
 
 from vqgan_jax.data.errors import DataError
 
-FORMAT, VERSION = "vqgan_jax codes", 1
+FORMAT, VERSION = "vqgan_jax codes", 2
+READABLE = (1, VERSION)
 MANIFEST = "manifest.json"
 PARTIAL = "partial"  # the folder of a pass that is under way
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionInfo:
+    """The facts that determine the tokens of a condition, and what they mean.
+
+    Attributes:
+      name: of the condition.
+      num_tokens: of a view.
+      vocabulary: how many different tokens there are: the size of the codebook, or for coordinates
+        the intervals + 1.
+      grid: (h, w) where the tokens lie over the image; None where they do not.
+      fingerprint: of the condition's tokenizer; empty where it needs none.
+      dtype: of that tokenizer's computation.
+      image_key: the feature that the condition was read from.
+      derive: how it was made from the image, as in `condition_sources.ConditionImage`.
+      scale: how many times smaller the low resolution is; 0 for others.
+    """
+
+    name: str
+    num_tokens: int
+    vocabulary: int
+    grid: tuple[int, int] | None = None
+    fingerprint: str = ""
+    dtype: str = ""
+    image_key: str = ""
+    derive: str = ""
+    scale: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Of its files, see `CodesInfo.arrays`."""
+        return f"condition-{self.name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +75,7 @@ class CodesInfo:
       fingerprint: of the tokenizer.
       dtype: of the tokenizer's computation, which rounding depends on.
       images_per_shard: of all shards but the last.
+      conditions: whose tokens are stored beside the codes.
     """
 
     dataset: str
@@ -52,11 +91,7 @@ class CodesInfo:
     fingerprint: str
     dtype: str
     images_per_shard: int
-
-    @property
-    def code_dtype(self) -> np.dtype:
-        """The smallest of uint16 and uint32 that has every code."""
-        return np.dtype(np.uint16 if self.codebook_size <= 2**16 else np.uint32)
+    conditions: tuple[ConditionInfo, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -73,15 +108,29 @@ class CodesInfo:
         first = shard * self.images_per_shard
         return range(first, min(first + self.images_per_shard, self.count))
 
-    def codes_shape(self, shard: int) -> tuple[int, int, int]:
-        """(n, augmentations, h * w)."""
-        return len(self.images_of(shard)), len(self.augmentations), self.grid[0] * self.grid[1]
+    @property
+    def vocabularies(self) -> dict[str, int]:
+        """How many different tokens the files of a kind have: `codes`, `condition-NAME`."""
+        conditions = {condition.kind: condition.vocabulary for condition in self.conditions}
+        return {"codes": self.codebook_size} | conditions
 
-    def file_names(self, shard: int) -> dict[str, str]:
-        """The files of a shard: `codes` and `labels`."""
-        return {
-            kind: f"{kind}-{shard:05}-of-{self.num_shards:05}.npy" for kind in ("codes", "labels")
-        }
+    def arrays(self, shard: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of each of a shard's files: `codes`, `labels`, `condition-NAME`.
+
+        Tokens have the smallest of uint16 and uint32 that holds each.
+        """
+        lengths = {condition.kind: condition.num_tokens for condition in self.conditions}
+        lengths["codes"] = self.grid[0] * self.grid[1]
+        rows, views = len(self.images_of(shard)), len(self.augmentations)
+        found = {}
+        for kind, size in self.vocabularies.items():
+            dtype = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
+            found[kind] = ((rows, views, lengths[kind]), dtype)
+        return found | {"labels": ((rows,), np.dtype(np.int32))}
+
+    def file_name(self, kind: str, shard: int) -> str:
+        """A file of a shard; for the kinds see `arrays`."""
+        return f"{kind}-{shard:05}-of-{self.num_shards:05}.npy"
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a manifest."""
@@ -96,16 +145,25 @@ class CodesInfo:
         """
         if values.get("format") != FORMAT:
             raise DataError(f"{path} describes no codes of vqgan_jax.")
-        if values.get("version") != VERSION:
+        if values.get("version") not in READABLE:
             raise DataError(
                 f"{path} has the format's version {values.get('version')}; this program reads "
-                f"version {VERSION}. Make the codes again, or use the program they were made with."
+                f"versions {READABLE[0]} to {VERSION}. Make the codes again, or use the program "
+                "they were made with."
             )
         try:
+            if values["version"] == 1:
+                values = values | {"conditions": ()}
             found = {field.name: values[field.name] for field in dataclasses.fields(cls)}
             for name in ("class_names", "augmentations", "grid"):
                 found[name] = None if found[name] is None else tuple(found[name])
-            return cls(**found)
+            conditions = (
+                ConditionInfo(
+                    **condition | {"grid": condition["grid"] and tuple(condition["grid"])}
+                )
+                for condition in found["conditions"]
+            )
+            return cls(**found | {"conditions": tuple(conditions)})
         except (KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged: {error}.") from error
 
@@ -121,6 +179,7 @@ class ShardRecord:
       labels_sha256: of the file.
       n: number of images.
       replaced: indices of damaged images, in whose place the next readable one is.
+      conditions: the SHA-256 of each condition's file, by its name.
     """
 
     codes: str
@@ -129,6 +188,13 @@ class ShardRecord:
     labels_sha256: str
     n: int
     replaced: tuple[int, ...] = ()
+    conditions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The SHA-256 of each file, by its name."""
+        own = {self.codes: self.codes_sha256, self.labels: self.labels_sha256}
+        return own | self.conditions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +223,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def read_record(values: Any, path: pathlib.Path) -> ShardRecord:
     """What is recorded of a shard; `DataError` for anything else, which names the file `path`."""
     try:
-        return ShardRecord(**values | {"replaced": tuple(values["replaced"])})
-    except (KeyError, TypeError) as error:
+        conditions = dict(values.get("conditions", {}))
+        changed = {"replaced": tuple(values["replaced"]), "conditions": conditions}
+        return ShardRecord(**values | changed)
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged: {error}.") from error
 
 

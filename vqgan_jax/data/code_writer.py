@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,21 +47,17 @@ class ShardImages(Sequence):
         self._read = read
         padded = [[*shard] + [-1] * (-len(shard) % batch_size) for shard in shards]
         self._indices = np.concatenate(padded)
-        views, side = len(read.transform.views), read.transform.resolution
-        channels = () if read.num_labels else (3,)
-        self._shape = (views, side, side, *channels)
 
     def __len__(self) -> int:
         """Number of images with the padding."""
         return len(self._indices)
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        """What `ReadTransformed.or_next` gives; zeros for padding."""
+        """What `ReadTransformed.or_next` gives, or its `blank` for padding."""
         index = int(self._indices[place])
         if index >= 0:
             return self._read.or_next(index)
-        padding = {"image": np.zeros(self._shape, np.uint8), "label": np.int32(-1)}
-        return padding | {"index": np.int64(0), "skipped": np.int64(0)}
+        return self._read.blank() | {"index": np.int64(0), "skipped": np.int64(0)}
 
 
 class CodeWriter:
@@ -127,7 +123,12 @@ class CodeWriter:
         return [i for i in range(self.info.num_shards) if not self._record(i).exists()]
 
     def write(
-        self, shard: int, codes: np.ndarray, labels: np.ndarray, replaced: Sequence[int] = ()
+        self,
+        shard: int,
+        codes: np.ndarray,
+        labels: np.ndarray,
+        replaced: Sequence[int] = (),
+        conditions: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Writes a shard.
 
@@ -136,22 +137,29 @@ class CodeWriter:
           codes: integers (n, augmentations, h * w).
           labels: integers (n,), -1 where there is none.
           replaced: indices of damaged images, in whose place the next readable one is.
+          conditions: integers (n, augmentations, tokens) of each condition by name.
 
         Raises:
           DataError: it cannot be written.
         """
-        names = self.info.file_names(shard)
-        arrays = {"codes": codes.astype(self.info.code_dtype), "labels": labels.astype(np.int32)}
-        record = {"n": len(labels), "replaced": tuple(int(index) for index in replaced)}
+        arrays = {"codes": codes, "labels": labels}
+        arrays |= {c.kind: conditions[c.name] for c in self.info.conditions}
+        digests = {}
         with self._explaining():
-            for kind, array in arrays.items():
+            for kind, (_, dtype) in self.info.arrays(shard).items():
                 content = io.BytesIO()
-                np.save(content, array)
-                self._write(self.directory / names[kind], content.getbuffer())
-                record[kind] = names[kind]
+                np.save(content, arrays[kind].astype(dtype))
+                name = self.info.file_name(kind, shard)
+                self._write(self.directory / name, content.getbuffer())
                 # Of what was meant to be written, which tells of damage on the way to the disk too.
-                record[f"{kind}_sha256"] = hashlib.sha256(content.getbuffer()).hexdigest()
-            self._write_json(self._record(shard), dataclasses.asdict(ShardRecord(**record)))
+                digests[name] = hashlib.sha256(content.getbuffer()).hexdigest()
+            own = {}
+            for kind in ("codes", "labels"):
+                own[kind] = self.info.file_name(kind, shard)
+                own[f"{kind}_sha256"] = digests.pop(own[kind])
+            numbers = tuple(int(index) for index in replaced)
+            record = ShardRecord(**own, n=len(labels), replaced=numbers, conditions=digests)
+            self._write_json(self._record(shard), dataclasses.asdict(record))
 
     def finish(self) -> None:
         """Writes the manifest, once no shard is unfinished, and removes what only passes need."""
@@ -203,14 +211,23 @@ class CodeWriter:
 
 
 def _check_same(directory: pathlib.Path, there: CodesInfo, here: CodesInfo) -> None:
-    for field in dataclasses.fields(CodesInfo):
-        theirs, ours = getattr(there, field.name), getattr(here, field.name)
-        if theirs != ours:
-            what = "tokenizer" if field.name == "fingerprint" else field.name
+    facts = _facts(here)
+    for what, theirs in _facts(there).items():
+        if theirs != facts[what]:
             raise DataError(
                 f"{directory} has codes of another pass: its {what} is {_short(theirs)}, and here "
-                f"it is {_short(ours)}. Choose another --output, or the same {what}."
+                f"it is {_short(facts[what])}. Choose another --output, or the same {what}."
             )
+
+
+def _facts(info: CodesInfo) -> dict[str, Any]:
+    """What two passes must agree on, in order; those of conditions come after which there are."""
+    facts = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)}
+    facts["conditions"] = ", ".join(condition.name for condition in info.conditions) or "none"
+    for condition in info.conditions:
+        for name, value in dataclasses.asdict(condition).items():
+            facts[f"{name} of the condition {condition.name}"] = value
+    return {what.replace("fingerprint", "tokenizer"): value for what, value in facts.items()}
 
 
 def _short(value: object) -> str:

@@ -9,11 +9,12 @@ import functools
 import hashlib
 import os
 import pathlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from vqgan_jax.data.code_manifest import CodesInfo, Manifest, ShardRecord, read_manifest
+from vqgan_jax.data.code_manifest import CodesInfo, ConditionInfo, Manifest, read_manifest
 from vqgan_jax.data.errors import DataError
 
 _ORDER, _AUGMENTATION = 0, 1  # streams of random numbers
@@ -52,6 +53,7 @@ class Codes:
       num_classes: 0 where images have no classes.
       class_names: None where images have no classes.
       labels: int32 (N,), -1 for an image without class.
+      conditions: those whose tokens are stored too, `ConditionInfo` by name.
       num_replaced: damaged images, in whose place the next readable one is.
     """
 
@@ -62,11 +64,14 @@ class Codes:
         self.grid, self.codebook_size = info.grid, info.codebook_size
         self.fingerprint = info.fingerprint
         self.num_classes, self.class_names = info.num_classes, info.class_names
+        self.conditions = {condition.name: condition for condition in info.conditions}
         self.num_replaced = sum(len(shard.replaced) for shard in manifest.shards)
         shards = [map_shard(directory, info, shard) for shard in range(info.num_shards)]
-        length = self.grid[0] * self.grid[1]
-        self._sequences = [codes.reshape(-1, length) for codes, _ in shards]
-        self.labels = np.concatenate([labels for _, labels in shards])
+        self._sequences = {
+            kind: [arrays[kind].reshape(-1, arrays[kind].shape[-1]) for arrays in shards]
+            for kind in info.vocabularies
+        }
+        self.labels = np.concatenate([arrays["labels"] for arrays in shards])
         lowest, highest = self.labels.min(), self.labels.max()
         if lowest < -1 or highest >= info.num_classes:
             raise DataError(
@@ -92,7 +97,8 @@ class Codes:
           rows: those of the batch that this host wants; None for all.
 
         Returns:
-          `codes`, int32 (rows, h * w), and `label`, int32 (rows,), -1 where there is none.
+          `codes`, int32 (rows, h * w); `label`, int32 (rows,), -1 where there is none; and under
+          its name each condition, int32 (rows, n), of the same image and augmentation.
         """
         rows = np.arange(batch_size) if rows is None else rows
         passes, places = np.divmod(step * batch_size + rows, len(self))
@@ -102,19 +108,34 @@ class Codes:
             images[chosen] = self._order(seed, int(number))[places[chosen]]
         drawn = _random_bits(batch_size, seed, _AUGMENTATION, step)[rows]
         augmentations = (drawn % len(self.info.augmentations)).astype(np.int64)
-        return {"codes": self.gather(images, augmentations), "label": self.labels[images]}
+        return self.rows(images, augmentations)
 
-    def gather(self, images: np.ndarray, augmentations: np.ndarray | int = 0) -> np.ndarray:
-        """The codes of images by index, each in one augmentation: int32 (len(images), h * w)."""
+    def rows(
+        self, images: np.ndarray, augmentations: np.ndarray | int = 0
+    ) -> dict[str, np.ndarray]:
+        """All that is stored of images by index, each in one augmentation, as of `batch`."""
+        tokens = {"codes": self.gather(images, augmentations), "label": self.labels[images]}
+        for name in self.conditions:
+            tokens[name] = self.gather(images, augmentations, name)
+        return tokens
+
+    def gather(
+        self, images: np.ndarray, augmentations: np.ndarray | int = 0, condition: str = ""
+    ) -> np.ndarray:
+        """The codes of images by index, each in one augmentation: int32 (len(images), h * w).
+
+        With the name of a condition, its tokens: int32 (len(images), n).
+        """
+        sequences = self._sequences[self.conditions[condition].kind if condition else "codes"]
         shards, places = np.divmod(images, self.info.images_per_shard)
         places = places * len(self.info.augmentations) + augmentations
         order = np.argsort(shards, kind="stable")
         by_shard = shards[order]
         starts = np.flatnonzero(np.diff(by_shard, prepend=-1))
-        gathered = np.empty((len(images), self.grid[0] * self.grid[1]), np.int32)
+        gathered = np.empty((len(images), sequences[0].shape[-1]), np.int32)
         for start, end in zip(starts, [*starts[1:], len(images)], strict=True):
             members = order[start:end]
-            gathered[members] = self._sequences[by_shard[start]][places[members]]
+            gathered[members] = sequences[by_shard[start]][places[members]]
         return gathered
 
     def _make_order(self, seed: int, number: int) -> np.ndarray:
@@ -132,17 +153,16 @@ def _random_bits(count: int, *keys: int) -> np.ndarray:
     return np.random.PCG64(seeds).random_raw(count)
 
 
-def map_shard(
-    directory: pathlib.Path, info: CodesInfo, shard: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The codes (n, augmentations, h * w) and labels (n,) of a shard, mapped into memory.
+def map_shard(directory: pathlib.Path, info: CodesInfo, shard: int) -> dict[str, np.ndarray]:
+    """The arrays of a shard by kind, as of `CodesInfo.arrays`, mapped into memory.
 
     Raises:
       DataError: a file is missing, truncated, or not what `info` says.
     """
-    names, shape = info.file_names(shard), info.codes_shape(shard)
-    codes = _map_array(directory / names["codes"], shape, info.code_dtype)
-    return codes, _map_array(directory / names["labels"], shape[:1], np.dtype(np.int32))
+    return {
+        kind: _map_array(directory / info.file_name(kind, shard), shape, dtype)
+        for kind, (shape, dtype) in info.arrays(shard).items()
+    }
 
 
 def _map_array(path: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -168,23 +188,30 @@ def _map_array(path: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) -> n
 def damaged_files(directory: pathlib.Path, manifest: Manifest) -> list[str]:
     """A sentence for each file that is not as it was written."""
 
-    def check(shard: ShardRecord) -> list[str]:
+    info = manifest.info
+
+    def check(shard: int) -> list[str]:
         found = []
-        files = ((shard.codes, shard.codes_sha256), (shard.labels, shard.labels_sha256))
-        for name, expected in files:
+        recorded = manifest.shards[shard].files
+        names = {kind: info.file_name(kind, shard) for kind in info.arrays(shard)}
+        for name in names.values():
+            expected = recorded.get(name, "none")
             try:
                 with open(directory / name, "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                         found.append(f"{name} has another SHA-256 than its manifest says.")
             except OSError as error:
                 found.append(f"{name} cannot be read: {error.strerror}.")
-        if not found and (highest := np.load(directory / shard.codes).max()) >= size:
-            found.append(f"{shard.codes} has the code {highest} of a codebook of {size}.")
+        if found:
+            return found
+        for kind, size in info.vocabularies.items():
+            if (highest := np.load(directory / names[kind]).max()) >= size:
+                what = "codebook" if kind == "codes" else "vocabulary"
+                found.append(f"{names[kind]} has the code {highest} of a {what} of {size}.")
         return found
 
-    size = manifest.info.codebook_size
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [line for lines in pool.map(check, manifest.shards) for line in lines]
+        return [line for lines in pool.map(check, range(info.num_shards)) for line in lines]
 
 
 def check_codes(
@@ -193,6 +220,7 @@ def check_codes(
     grid: tuple[int, int],
     codebook_size: int,
     num_classes: int = 0,
+    conditions: Sequence[ConditionInfo] = (),
 ) -> None:
     """Raises `DataError` where codes are not those that a transformer is for.
 
@@ -202,6 +230,7 @@ def check_codes(
       grid: (h, w) that it models.
       codebook_size: of its tokenizer.
       num_classes: that it is conditioned on; 0 = labels do not matter.
+      conditions: that it is conditioned on beside classes.
     """
     where = codes.directory
     if codes.fingerprint != fingerprint:
@@ -220,6 +249,8 @@ def check_codes(
             f"{where} has grids of {codes.grid[0]}x{codes.grid[1]} codes; {grid[0]}x{grid[1]} are "
             "expected. Tokenize with another --resolution."
         )
+    for condition in conditions:
+        _check_condition(codes, condition)
     if num_classes == 0:
         return
     if codes.labels.min() < 0:
@@ -232,3 +263,29 @@ def check_codes(
             f"{where} has the class {codes.labels.max()}; the transformer has {num_classes}, 0 to "
             f"{num_classes - 1}."
         )
+
+
+def _check_condition(codes: Codes, wanted: ConditionInfo) -> None:
+    where, name = codes.directory, wanted.name
+    if name not in codes.conditions:
+        raise DataError(
+            f"{where} has no tokens of the condition {name}; it has "
+            f"{', '.join(codes.conditions) or 'none of any'}. Tokenize with --conditions={name}=..."
+            " into another --output."
+        )
+    found = codes.conditions[name]
+    if found.fingerprint != wanted.fingerprint:
+        raise DataError(
+            f"{where} has tokens of the condition {name} by another tokenizer: its fingerprint is "
+            f"{found.fingerprint[:12] or 'none'}, and {wanted.fingerprint[:12] or 'none'} is "
+            "expected. Tokenize with the condition's tokenizer into another --output."
+        )
+    # What rounding depends on may differ, as with the codes.
+    for field in ("num_tokens", "vocabulary", "grid", "image_key", "derive", "scale"):
+        theirs, ours = getattr(found, field), getattr(wanted, field)
+        if theirs != ours:
+            raise DataError(
+                f"{where} has tokens of the condition {name} whose {field} is {theirs!r}; {ours!r} "
+                "is expected. Tokenize with other --conditions into another --output, or change "
+                f"the transformer's config."
+            )

@@ -53,7 +53,7 @@ def decode_label_map(source: bytes | str | os.PathLike) -> np.ndarray:
     if image.mode not in ("1", "L", "P"):
         raise DataError(
             f"{_name(source)} is no label map: its mode is {image.mode}, and a label map is grey "
-            "or palette with 8 bits. For pictures set config.data.num_labels=0."
+            "or palette with 8 bits. Pictures are for tokenizers with config.data.num_labels=0."
         )
     return np.asarray(image).astype(np.uint8)
 

@@ -12,6 +12,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from vqgan_jax.data.augmentations import AllViews
+from vqgan_jax.data.condition_sources import ConditionImage, Coordinates
 from vqgan_jax.data.errors import DataError, UnreadableImage
 from vqgan_jax.data.sources import ImageSource
 from vqgan_jax.data.transforms import Transform
@@ -24,46 +26,73 @@ class ReadTransformed:
     """Reads and transforms the example of an index; picklable, for worker processes.
 
     Attributes:
-      source: where the images are.
-      transform: brings an image to the resolution.
+      source: where the images are, and the features that conditions are read from.
+      transform: brings an image to the resolution, or to all its views.
       num_labels: of a label map; 0 for pictures.
+      conditions: what is read beside an image.
     """
 
     source: ImageSource
-    transform: Transform
+    transform: Transform | AllViews
     num_labels: int = 0
+    conditions: tuple[ConditionImage | Coordinates, ...] = ()
 
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """(H, W, 3), or (H, W) of a label map."""
-        square = (self.transform.resolution, self.transform.resolution)
-        return square if self.num_labels else (*square, 3)
+    def blank(self) -> dict[str, Any]:
+        """Stands for an example in padding: zeros, and no class."""
+        shape = self.transform.shape
+        image = np.zeros(shape if self.num_labels else (*shape, 3), np.uint8)
+        made = {condition.name: condition.blank(shape) for condition in self.conditions}
+        return {"image": image, "label": np.int32(-1)} | made
 
     def exactly(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
-        """The example of `index`: `image`, uint8 of `image_shape`, and `label`, int32.
+        """The example of `index`.
+
+        Returns:
+          `image`, uint8 (H, W, 3), or (H, W) of a label map, with all views (views, H, W, ...);
+          `label`, int32; and each condition under its name.
 
         Raises:
-          UnreadableImage: when the image is damaged.
-          DataError: when the image does not fit the config.
+          UnreadableImage: when the image or that of a condition is damaged.
+          DataError: when one of them does not fit the config, or not the other.
         """
         example = self.source.read(index)
-        image = example["image"]
+        image, features = example["image"], example["features"]
         if self.num_labels and image.max() >= self.num_labels:
             raise DataError(
                 f"{self.source.describe(index)} has the label {image.max()}, but "
                 f"config.data.num_labels={self.num_labels} allows 0 to {self.num_labels - 1}."
             )
+        for condition in self.conditions:
+            if condition.feature:
+                self._check(condition, features[condition.feature], image.shape, index)
         try:
-            image = self.transform(image, rng)
+            place = self.transform.place(*image.shape[:2], rng)
         except DataError as error:
             raise DataError(f"{self.source.describe(index)}: {error}") from error
-        return {"image": image, "label": np.int32(example["label"])}
+        image = place.cut(image)
+        made = {c.name: c.make(image, features, place) for c in self.conditions}
+        return {"image": image, "label": np.int32(example["label"])} | made
+
+    def _check(
+        self, condition: ConditionImage, found: np.ndarray, shape: tuple[int, ...], index: int
+    ) -> None:
+        where = self.source.describe(index, condition.feature)
+        if found.shape[:2] != shape[:2]:
+            raise DataError(
+                f"{where} has {found.shape[1]} x {found.shape[0]} pixels, and its image has "
+                f"{shape[1]} x {shape[0]}; a condition must have its image's size."
+            )
+        if condition.num_labels and found.max() >= condition.num_labels:
+            raise DataError(
+                f"{where} has the label {found.max()}, but the tokenizer of the condition "
+                f"{condition.name} knows 0 to {condition.num_labels - 1}."
+            )
 
     def or_next(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
         """The example of `index`, or the next one that is not damaged.
 
         Returns:
-          `image` and `label` as in `exactly`; `index`, what was asked for; `skipped`, how many
+          What `exactly` returns; `index`, what was asked for; `skipped`, how many
           damaged images from there on were passed over.
 
         Raises:
@@ -126,7 +155,7 @@ class EvaluationOrder:
         return self._length
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        """`image`, `label`, `index`, `skipped` as `or_next` has them, and `mask`, 1 or 0.
+        """What `or_next` returns, and `mask`, 1 or 0.
 
         A damaged image is masked. In its stead another one would count twice.
         """
@@ -139,8 +168,7 @@ class EvaluationOrder:
                 damaged = 1
             else:
                 return example | _place(index, 0, mask=1)
-        image = np.zeros(self._read.image_shape, np.uint8)
-        return {"image": image, "label": np.int32(-1)} | _place(index, damaged, mask=0)
+        return self._read.blank() | _place(index, damaged, mask=0)
 
 
 def _place(index: int, skipped: int, mask: int) -> dict[str, Any]:

@@ -4,10 +4,21 @@ Classes are the first-level sub-folders in sorted order; an image in no sub-fold
 Where every sub-folder is called `train`, `validation` (or `val`) or `test`, these are the splits.
 Otherwise `validation` is every 20th image of the sorted paths (the 1st, the 21st, ...), `train`
 the others, and `all` every image.
+
+Folders of splits can have other pictures of the same things beside them, such as label maps. They
+are in a folder called like the feature, which has folders of the splits in turn, and each picture
+has the place and name of its image, with any of the suffixes:
+
+    PATH/train/town/a.jpg    PATH/segmentation/train/town/a.png
+    PATH/val/b.jpg           PATH/segmentation/val/b.png
+
+`image_key="segmentation"` takes these for the images, and as `features` they are read beside them.
+Every image must have one. Classes are those of the images, `town` in the example.
 """
 
 import os
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -16,27 +27,33 @@ from vqgan_jax.data.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 HOLD_OUT = 20  # one image of so many is for validation
+_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
 class FolderSource:
     """The images of one split of a folder; see the module for what the splits are."""
 
     def __init__(
-        self, path: str, split: str, image_key: str = "image", label_map: bool = False
+        self,
+        path: str,
+        split: str,
+        image_key: str = "image",
+        label_map: bool = False,
+        features: Mapping[str, bool] | None = None,
     ) -> None:
         """Lists the folder, without opening the images.
 
+        `features` are others that are read, and whether they are label maps.
+
         Raises:
-          DataError: when the folder or the split does not exist, or holds no image.
+          DataError: when the folder or the split does not exist, or holds no image, or an image has
+            no picture of a feature.
         """
         root = pathlib.Path(path).expanduser()
         if not root.is_dir():
             raise DataError(f"The folder {root} of config.data.name does not exist.")
-        if image_key != "image":
-            raise DataError(
-                f"config.data.image_key is {image_key!r}; a folder has no features but 'image'."
-            )
-        self._label_map = label_map
+        self._image_key, self._label_map = image_key, label_map
+        self._features = dict(features or {})
         folders = _split_folders(root)
         files = _files(folders or {"all": root})
         names = {name for split_files in files.values() for _, name in split_files if name}
@@ -50,30 +67,97 @@ class FolderSource:
         if not files[split]:
             raise DataError(f"The split {split!r} of {root} has no images ({', '.join(SUFFIXES)}).")
         numbers = {name: number for number, name in enumerate(self.class_names or ())}
-        self._paths = [path for path, _ in files[split]]
+        images = [path for path, _ in files[split]]
         self._labels = [numbers.get(name, -1) for _, name in files[split]]
+        self._paths = {"image": images}  # by feature
+        for key in (image_key, *self._features):
+            if key != "image":
+                self._paths[key] = _partners(root, folders.get(split), split, key, images)
 
     def __len__(self) -> int:
         """Number of images."""
-        return len(self._paths)
+        return len(self._labels)
 
     def read(self, index: int) -> dict[str, np.ndarray | int]:
         """One example, as in `ImageSource.read`."""
-        decode = decode_label_map if self._label_map else decode_image
-        return {"image": decode(self._paths[index]), "label": self._labels[index]}
 
-    def describe(self, index: int) -> str:
+        def decode(key: str, label_map: bool) -> np.ndarray:
+            return (decode_label_map if label_map else decode_image)(self._paths[key][index])
+
+        return {
+            "image": decode(self._image_key, self._label_map),
+            "label": self._labels[index],
+            "features": {key: decode(key, maps) for key, maps in self._features.items()},
+        }
+
+    def describe(self, index: int, feature: str = "") -> str:
         """The file's path."""
-        return self._paths[index]
+        return self._paths[feature or self._image_key][index]
 
 
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The folders of the splits by name; none where the sub-folders are anything else."""
-    splits = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+    """The folders of the splits by name; none where the sub-folders are anything else.
+
+    Beside them there may be those of features, in which there are folders of splits alone.
+    """
     folders = [item for item in root.iterdir() if item.is_dir() and item.name[0] != "."]
-    if not folders or any(folder.name not in splits for folder in folders):
-        return {}
-    return {splits[folder.name]: folder for folder in folders}
+    found = {_SPLITS[item.name]: item for item in folders if item.name in _SPLITS}
+    others = [item for item in folders if item.name not in _SPLITS]
+    return found if found and all(map(_is_feature, others)) else {}
+
+
+def _is_feature(folder: pathlib.Path) -> bool:
+    has_splits = False
+    with os.scandir(folder) as items:
+        for item in items:
+            if item.name[0] == ".":
+                continue
+            if item.is_dir():
+                if item.name not in _SPLITS:
+                    return False
+                has_splits = True
+            elif item.name.lower().endswith(SUFFIXES):
+                return False
+    return has_splits
+
+
+def _partners(
+    root: pathlib.Path,
+    split_folder: pathlib.Path | None,
+    split: str,
+    key: str,
+    images: list[str],
+) -> list[str]:
+    """The picture of a feature for each image of a split.
+
+    Raises:
+      DataError: the folder has no such feature, or an image has no picture.
+    """
+    if split_folder is None:
+        raise DataError(
+            f"{root} has no pictures of the feature {key!r}: they belong into {root / key}/SPLIT, "
+            f"beside the images in {root}/SPLIT, where SPLIT is train, validation or test."
+        )
+    folder = _split_folders(root / key).get(split) if (root / key).is_dir() else None
+    if folder is None:
+        raise DataError(
+            f"{root} has no pictures of the feature {key!r}: there is no folder "
+            f"{root / key / split_folder.name}."
+        )
+    found = {_stem(path, folder): path for path, _ in _files({split: folder})[split]}
+    stems = [_stem(path, split_folder) for path in images]
+    for stem, image in zip(stems, images, strict=True):
+        if stem not in found:
+            raise DataError(
+                f"{image} has no picture of the feature {key!r}; it would be {folder / stem} with "
+                f"one of {', '.join(SUFFIXES)}."
+            )
+    return [found[stem] for stem in stems]
+
+
+def _stem(path: str, folder: pathlib.Path) -> str:
+    """The path in a folder, without its suffix."""
+    return os.path.splitext(path[len(os.fspath(folder)) + 1 :])[0]
 
 
 def _files(folders: dict[str, pathlib.Path]) -> dict[str, list[tuple[str, str]]]:

@@ -7,13 +7,14 @@ TensorFlow; preparing some data sets does, once, and can be done in another envi
 import difflib
 import os
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from vqgan_jax.data.decoding import decode_image, decode_label_map
 from vqgan_jax.data.earth import prepare_earth, resolve_earth
-from vqgan_jax.data.errors import DataError, UnreadableImage
+from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.packages import default_data_dir
 
 
@@ -26,27 +27,18 @@ class NamedSource:
         split: str,
         image_key: str = "image",
         label_map: bool = False,
+        features: Mapping[str, bool] | None = None,
     ) -> None:
-        """Opens a split.
+        """Opens a split; `features` are others that are read, and whether they are label maps.
 
         Raises:
           DataError: when there is no such split or no such image feature, or when it is a label
-            map and `label_map` is not set.
+            map and is not to be read as one.
         """
-        features = builder.info.features
-        images = sorted(key for key in features if isinstance(features[key], tfds.features.Image))
-        if image_key not in images:
-            raise DataError(
-                f"config.data.image_key is {image_key!r}, but the images of {builder.name} are "
-                f"{', '.join(images) or 'none'}."
-            )
-        if builder.name == "earth" and (image_key == "segmentation") != label_map:
-            classes = features["label"].num_classes
-            needed = classes if image_key == "segmentation" else 0
-            raise DataError(
-                f"{image_key!r} of earth is {'a' if needed else 'no'} label map: set "
-                f"config.data.num_labels={needed}."
-            )
+        known = builder.info.features
+        images = sorted(key for key in known if isinstance(known[key], tfds.features.Image))
+        self._features = dict(features or {})
+        _check_features(builder, images, image_key, label_map, self._features)
         # Encoded images come as bytes, and those that are not asked for stay so.
         decoders = dict.fromkeys(images, tfds.decode.SkipDecoding())
         try:
@@ -58,8 +50,8 @@ class NamedSource:
                 "Set config.data.train_split and validation_split."
             ) from error
         self._name, self._split, self._image_key = builder.info.name, split, image_key
-        self._decode = decode_label_map if label_map else decode_image
-        label = dict(features).get("label")
+        self._label_map = label_map
+        label = dict(known).get("label")
         self._has_classes = isinstance(label, tfds.features.ClassLabel)
         self.class_names = tuple(label.names) if self._has_classes else None
 
@@ -70,15 +62,56 @@ class NamedSource:
     def read(self, index: int) -> dict[str, np.ndarray | int]:
         """One example, as in `ImageSource.read`."""
         example = self._examples[index]
-        try:
-            image = self._decode(example[self._image_key])
-        except UnreadableImage as error:
-            raise UnreadableImage(f"{self.describe(index)}: {error}") from error
-        return {"image": image, "label": int(example["label"]) if self._has_classes else -1}
 
-    def describe(self, index: int) -> str:
-        """The data set, split and index."""
-        return f"{self._name} {self._split}[{index}]"
+        def decode(key: str, label_map: bool, name: str = "") -> np.ndarray:
+            try:
+                return (decode_label_map if label_map else decode_image)(example[key])
+            except DataError as error:
+                raise type(error)(f"{self.describe(index, name)}: {error}") from error
+
+        return {
+            "image": decode(self._image_key, self._label_map),
+            "label": int(example["label"]) if self._has_classes else -1,
+            "features": {key: decode(key, maps, key) for key, maps in self._features.items()},
+        }
+
+    def describe(self, index: int, feature: str = "") -> str:
+        """The data set, split and index, and the feature if one is given."""
+        return f"{self._name} {self._split}[{index}]" + (f" {feature}" if feature else "")
+
+
+def _check_features(
+    builder: tfds.core.DatasetBuilder,
+    images: list[str],
+    image_key: str,
+    label_map: bool,
+    features: Mapping[str, bool],
+) -> None:
+    """Raises `DataError` for a feature that is none of `images`, or cannot be read like that."""
+    if image_key not in images:
+        raise DataError(
+            f"config.data.image_key is {image_key!r}, but the images of {builder.name} are "
+            f"{', '.join(images) or 'none'}."
+        )
+    for key in features:
+        if key not in images:
+            raise DataError(
+                f"The images of {builder.name} that can be conditions are "
+                f"{', '.join(images)}; there is no {key!r}."
+            )
+    if builder.name != "earth":
+        return
+    if (image_key == "segmentation") != label_map:
+        classes = builder.info.features["label"].num_classes
+        needed = classes if image_key == "segmentation" else 0
+        raise DataError(
+            f"{image_key!r} of earth is {'a' if needed else 'no'} label map: set "
+            f"config.data.num_labels={needed}."
+        )
+    for key, maps in features.items():
+        if (key == "segmentation") != maps:
+            what = "pictures" if maps else "label maps"
+            raise DataError(f"The condition {key!r} of earth needs a tokenizer of {what}.")
 
 
 def open_builder(

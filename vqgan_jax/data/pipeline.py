@@ -16,6 +16,13 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from vqgan_jax.data.augmentations import AllViews
+from vqgan_jax.data.condition_sources import (
+    ConditionImage,
+    Coordinates,
+    check_conditions,
+    features_of,
+)
 from vqgan_jax.data.elements import (
     DAMAGED_SHARE,
     EvaluationOrder,
@@ -28,15 +35,19 @@ from vqgan_jax.data.elements import (
 )
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.sources import ImageSource, open_source
-from vqgan_jax.data.transforms import evaluation_transform, training_transform
+from vqgan_jax.data.transforms import Transform, evaluation_transform, training_transform
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, jax.Array]
+Conditions = Sequence[ConditionImage | Coordinates]
 
 
 def training_batches(
-    config: ConfigDict, sharding: jax.sharding.NamedSharding, start_step: int = 0
+    config: ConfigDict,
+    sharding: jax.sharding.NamedSharding,
+    start_step: int = 0,
+    conditions: Conditions = (),
 ) -> Iterator[Batch]:
     """Endless batches for the steps `start_step`, `start_step + 1`, ...
 
@@ -44,17 +55,20 @@ def training_batches(
       config: uses `data`, `seed`, `model.resolution` and `training.batch_size`.
       sharding: of the batch; splits the leading axis only.
       start_step: number of the first batch.
+      conditions: what is read beside the images.
 
     Returns:
       An iterator over global arrays of all hosts: `image`, uint8 (B, H, W, 3), or (B, H, W) for
-      label maps, and `label`, int32 (B,), -1 where there is none. Its `close()` ends the threads
-      and processes.
+      label maps; `label`, int32 (B,), -1 where there is none; and under its name each condition,
+      uint8 like `image`, or int32 (B, n) for coordinates. Its `close()` ends the threads and
+      processes.
 
     Raises:
       DataError: for data that cannot be used; while iterating, when more than 1 % of the images
         are damaged. Fewer are each replaced by the next readable image, with a warning.
     """
-    read = _reader(config, config.data.train_split, training_transform)
+    transform = training_transform(config, config.model.resolution)
+    read = open_reader(config.data, config.data.train_split, transform, conditions)
     order = training_order(read, config.seed)
     batch_size = config.training.batch_size
     batches = _global_batches(config.data, read.source, order, sharding, batch_size, start_step)
@@ -66,6 +80,7 @@ def evaluation_batches(
     sharding: jax.sharding.NamedSharding,
     batch_size: int,
     limit: int = 0,
+    conditions: Conditions = (),
 ) -> Iterator[tuple[Batch, jax.Array]]:
     """The validation split in order, each image once over all hosts.
 
@@ -74,6 +89,7 @@ def evaluation_batches(
       sharding: of the batch; splits the leading axis only.
       batch_size: images a batch, on all devices together.
       limit: at most so many images, evenly spaced over the split; 0 = all.
+      conditions: what is read beside the images.
 
     Returns:
       An iterator over (batch, mask): the batch as in `training_batches`; `mask` float32 (B,), 0
@@ -83,7 +99,8 @@ def evaluation_batches(
     Raises:
       DataError: as `training_batches`.
     """
-    read = _reader(config, config.data.validation_split, evaluation_transform)
+    transform = evaluation_transform(config, config.model.resolution)
+    read = open_reader(config.data, config.data.validation_split, transform, conditions)
     order = EvaluationOrder(read, batch_size, limit)
     batches = _global_batches(config.data, read.source, order, sharding, batch_size)
     batches = batches.map(lambda batch: (batch, batch.pop("mask")))
@@ -99,9 +116,50 @@ def evaluation_images(config: ConfigDict, count: int) -> np.ndarray:
     Raises:
       DataError: as `training_batches`.
     """
-    read = _reader(config, config.data.validation_split, evaluation_transform)
+    return evaluation_examples(config, count)["image"]
+
+
+def evaluation_examples(
+    config: ConfigDict, count: int, conditions: Conditions = ()
+) -> dict[str, np.ndarray]:
+    """As `evaluation_images`, with labels and conditions: a batch as of `training_batches`."""
+    transform = evaluation_transform(config, config.model.resolution)
+    read = open_reader(config.data, config.data.validation_split, transform, conditions)
     indices = spaced_indices(len(read.source), count)
-    return np.stack([read.or_next(int(index))["image"] for index in indices])
+    examples = [read.or_next(int(index)) for index in indices]
+    names = examples[0].keys() - {"index", "skipped"}
+    return {name: np.stack([example[name] for example in examples]) for name in names}
+
+
+def open_reader(
+    data: ConfigDict, split: str, transform: Transform | AllViews, conditions: Conditions = ()
+) -> ReadTransformed:
+    """Reads the images of a split and what belongs to them.
+
+    Args:
+      data: uses `name`, `data_dir`, `image_key` and `num_labels`.
+      split: of the data set.
+      transform: brings an image to the resolution.
+      conditions: what is read beside the images.
+
+    Raises:
+      DataError: there is no such data set, split or feature, the split is empty, or a condition
+        cannot be read beside such images.
+    """
+    resolution, is_label_map = transform.resolution, data.num_labels > 0
+    check_conditions(conditions, resolution, is_label_map)
+    source = open_source(
+        data.name,
+        split,
+        data.data_dir,
+        data.image_key,
+        resolution,
+        is_label_map,
+        features_of(conditions),
+    )
+    if len(source) == 0:
+        raise DataError(f"The split {split!r} of {data.name} is empty.")
+    return ReadTransformed(source, transform, data.num_labels, tuple(conditions))
 
 
 def rows_of_devices(parts: Iterable[tuple[slice, ...]], batch_size: int) -> np.ndarray:
@@ -209,16 +267,6 @@ class Prefetched(Iterator):
 def _close_all(iterators: list[grain.DatasetIterator]) -> None:
     while iterators:
         iterators.pop().close()
-
-
-def _reader(config: ConfigDict, split: str, make_transform: Any) -> ReadTransformed:
-    data, resolution = config.data, config.model.resolution
-    is_label_map = data.num_labels > 0
-    transform = make_transform(config, resolution)
-    source = open_source(data.name, split, data.data_dir, data.image_key, resolution, is_label_map)
-    if len(source) == 0:
-        raise DataError(f"The split {split!r} of {data.name} is empty.")
-    return ReadTransformed(source, transform, data.num_labels)
 
 
 def _global_batches(

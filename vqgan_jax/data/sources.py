@@ -1,6 +1,7 @@
 """Images by name and index: `earth`, `folder:PATH`, or a tensorflow-datasets name."""
 
 import os
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -18,14 +19,15 @@ class ImageSource(Protocol):
         """One example.
 
         Returns:
-          `image`: uint8 (H, W, 3), or (H, W) for a label map; `label`: int, the class or -1.
+          `image`: uint8 (H, W, 3), or (H, W) for a label map; `label`: int, the class or -1;
+          `features`: a dict of the others that were asked for, each as `image`.
 
         Raises:
-          UnreadableImage: when the image is damaged.
+          UnreadableImage: when one of the images is damaged.
         """
 
-    def describe(self, index: int) -> str:
-        """Where the image is, for messages: a file's path, or `name split[index]`."""
+    def describe(self, index: int, feature: str = "") -> str:
+        """Where the image or another feature is, for messages: a path, or `name split[index]`."""
 
 
 def open_source(
@@ -35,6 +37,7 @@ def open_source(
     image_key: str = "image",
     resolution: int = 64,
     label_map: bool = False,
+    features: Mapping[str, bool] | None = None,
 ) -> ImageSource:
     """Opens a split of a data set; `earth` is prepared on first use.
 
@@ -44,9 +47,10 @@ def open_source(
       split: the split's name; for named data sets also an expression such as `train[:10%]`.
       data_dir: where data sets are; empty as in `packages.default_data_dir`.
       image_key: the feature that holds the image; `earth` has `image`, `segmentation`, `relief`
-        and `elevation`. Folders have only `image`.
+        and `elevation`. For what folders have see `folders`.
       resolution: the side of the crops to come; chooses the size of `earth`.
       label_map: whether pixel values are labels, read as (H, W).
+      features: others that are read too, by key, and whether each is a label map.
 
     Raises:
       DataError: when there is no such data set, split or feature.
@@ -54,8 +58,9 @@ def open_source(
     if name.startswith("folder:"):
         from vqgan_jax.data.folders import FolderSource
 
-        return FolderSource(name.removeprefix("folder:"), split, image_key, label_map)
+        return FolderSource(name.removeprefix("folder:"), split, image_key, label_map, features)
     # tensorflow-datasets takes half a second to import, which folders need not wait for.
     from vqgan_jax.data.named import NamedSource, open_builder
 
-    return NamedSource(open_builder(name, data_dir, resolution), split, image_key, label_map)
+    builder = open_builder(name, data_dir, resolution)
+    return NamedSource(builder, split, image_key, label_map, features)

@@ -1,11 +1,13 @@
 """Resizing, cropping and flipping of uint8 arrays, for pictures (H, W, 3) and label maps (H, W)."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from vqgan_jax.conditions.coordinates import coordinate_tokens
 from vqgan_jax.data.errors import DataError
 
 
@@ -18,28 +20,63 @@ def resize_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
       image: uint8 (H, W, 3), or (H, W) for a label map.
       size: pixels.
     """
-    height, width = image.shape[:2]
+    return _resized(image, _scaled_shape(*image.shape[:2], size))
+
+
+def _scaled_shape(height: int, width: int, size: int) -> tuple[int, int]:
     shorter = min(height, width)
-    if shorter == size:
+    return max(size, round(height * size / shorter)), max(size, round(width * size / shorter))
+
+
+def _resized(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    if image.shape[:2] == shape:
         return image
-    scaled = (max(size, round(width * size / shorter)), max(size, round(height * size / shorter)))
     filter_ = Image.Resampling.NEAREST if image.ndim == 2 else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(image).resize(scaled, filter_))
+    return np.asarray(Image.fromarray(image).resize(shape[::-1], filter_))
 
 
-def crop(image: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """A square of `size` pixels: anywhere with equal chance given `rng`, else the centre."""
-    height, width = image.shape[:2]
-    if rng is None:
-        top, left = (height - size) // 2, (width - size) // 2
-    else:
-        top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
-    return image[top : top + size, left : left + size]
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """A square of a scaled image: the same one of every picture that shows the same.
+
+    Attributes:
+      whole: height and width of the scaled image.
+      top: its first row.
+      left: its first column.
+      side: pixels.
+      flipped: mirrored left and right.
+    """
+
+    whole: tuple[int, int]
+    top: int
+    left: int
+    side: int
+    flipped: bool = False
+
+    def cut(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, 3), or (H, W) for label maps, to (side, side, ...)."""
+        return cut_all(image, [self])[0]
+
+    def coordinates(self, factor: int, intervals: int) -> np.ndarray:
+        """`coordinate_tokens` of where the crop lies in the whole, mirrored with it: int32 (n,).
+
+        Args:
+          factor: pixels per token along an axis.
+          intervals: into how many the coordinates of the whole are divided.
+        """
+        box = (self.top, self.left, self.side, self.side)
+        tokens = coordinate_tokens(*self.whole, factor, intervals, box)
+        return (tokens[:, ::-1] if self.flipped else tokens).ravel()
 
 
-def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrors left and right in half of the cases."""
-    return image[:, ::-1] if rng.random() < 0.5 else image
+def cut_all(image: np.ndarray, crops: Sequence[Crop]) -> np.ndarray:
+    """Several crops of an image, which is scaled once to each size, stacked on a new first axis."""
+    scaled = {whole: _resized(image, whole) for whole in {crop.whole for crop in crops}}
+    squares = []
+    for crop in crops:
+        square = scaled[crop.whole][crop.top :, crop.left :][: crop.side, : crop.side]
+        squares.append(square[:, ::-1] if crop.flipped else square)
+    return np.stack(squares)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +86,7 @@ class Transform:
     Attributes:
       resolution: pixels of the result.
       resize: shorter side before the crop; -1 crops the pixels as they are.
-      random_crop: anywhere instead of the centre.
+      random_crop: anywhere with equal chance, instead of the centre.
       random_flip: mirrored in half of the cases.
     """
 
@@ -58,24 +95,36 @@ class Transform:
     random_crop: bool = False
     random_flip: bool = False
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Transforms one image; `rng` is needed for what is random.
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a label map that was transformed."""
+        return self.resolution, self.resolution
+
+    def place(self, height: int, width: int, rng: np.random.Generator | None = None) -> Crop:
+        """Which part of an image of a size is taken; `rng` is needed for what is random.
 
         Raises:
           DataError: when the image is smaller than the crop, which only `resize=-1` allows.
         """
         if self.resize > 0:
-            image = resize_shorter_side(image, self.resize)
-        height, width = image.shape[:2]
+            height, width = _scaled_shape(height, width, self.resize)
         if min(height, width) < self.resolution:
             raise DataError(
                 f"{width} x {height} pixels are too few for a crop of {self.resolution}. "
                 "Set config.data.resize=0, which scales every image to the resolution."
             )
-        image = crop(image, self.resolution, rng if self.random_crop else None)
-        if self.random_flip:
-            image = flip(image, rng)
-        return np.ascontiguousarray(image)
+        # Runs that go on must draw as they began: top, left, flip.
+        rows, columns = height - self.resolution, width - self.resolution
+        if self.random_crop:
+            top, left = int(rng.integers(rows + 1)), int(rng.integers(columns + 1))
+        else:
+            top, left = rows // 2, columns // 2
+        flipped = self.random_flip and bool(rng.random() < 0.5)
+        return Crop((height, width), top, left, self.resolution, flipped)
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Transforms one image, uint8 (H, W, 3), or (H, W) for a label map; see `place`."""
+        return self.place(*image.shape[:2], rng).cut(image)
 
 
 def training_transform(config: ConfigDict, resolution: int) -> Transform:

@@ -121,8 +121,8 @@ def transformer_from_state_dict(
 
 
 def _condition_rows(condition: ConfigDict, table: np.ndarray) -> np.ndarray:
-    """The table of `learner.make_conditions`: classes and none, or the start token alone."""
-    if condition.kind == "none":
+    """The table of `conditions.kinds.Conditions`: classes and none, or the start token alone."""
+    if not condition.kinds:
         return table[[condition.start_token]]
     none = np.zeros((1, table.shape[1]), table.dtype)  # the reference leaves no class out
     return np.concatenate([table[: condition.num_classes], none])
@@ -172,7 +172,7 @@ def state_dict_from_transformer(
         ConversionError: the variables are not those of the configs' models.
     """
     params = dict(params)
-    if config.condition.own_table and config.condition.kind == "none":
+    if config.condition.own_table and not config.condition.kinds:
         start = np.asarray(params.pop("condition_embedding")["embedding"][0])
         positions = np.array(params["position_embedding"])
         positions[0] += start - np.asarray(params["code_embedding"]["embedding"][0])

@@ -190,7 +190,7 @@ def _assign_condition(config: ConfigDict, params: Mapping) -> None:
     if name == "SOSProvider":
         assign(config, options, _START, where, required=set(_START))
     elif name == "Labelator":
-        config.condition.kind = "class"
+        config.condition.kinds = ("class",)
         assign(config, options, _CLASSES, where, required=set(_CLASSES))
         if config.condition.num_classes < 1:
             raise ConversionError(f"{where}.n_classes is {config.condition.num_classes}.")
@@ -210,7 +210,7 @@ def _assign_table(config: ConfigDict, vocab_size: int) -> None:
             f"transformer_config.params.vocab_size is {vocab_size}, and the first stage's n_embed "
             f"{codes}: codes from {vocab_size} on would have no token."
         )
-    if config.condition.kind == "class":
+    if config.condition.kinds:
         last, key = config.condition.num_classes - 1, "n_classes"
     else:
         last, key = config.condition.start_token, "sos_token"
@@ -272,7 +272,7 @@ def yaml_from_transformer(config: ConfigDict, tokenizer: ConfigDict) -> dict:
         "transformer_config": {"target": _GPT, "params": sizes},
         "first_stage_config": {key: first_stage[key] for key in ("target", "params")},
     }
-    if condition.kind == "class":
+    if condition.kinds:
         classes = {"target": _LABELATOR, "params": {"n_classes": condition.num_classes}}
         params |= {"cond_stage_key": "class_label", "cond_stage_config": classes}
     else:
@@ -301,7 +301,7 @@ def _require_reference_form(config: ConfigDict) -> None:
                 f"The reference's GPT has no config.model.{key}={model[key]} (only "
                 f"{supported[-1]}): this transformer cannot be written in its form."
             )
-    if config.condition.kind == "class" and config.condition.own_table:
+    if config.condition.kinds and config.condition.own_table:
         raise ConversionError(
             "In the reference, classes are tokens of the codes' table; this transformer has a "
             "table for them (config.condition.own_table) and cannot be written in its form."

@@ -4,6 +4,8 @@
 image grid, half of a head's channels turn with the row and half with the column.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,18 +15,22 @@ from vqgan_jax.models.layers import at_least_float32
 BASE = 10_000.0
 
 
-def rotary_angles(grid: tuple[int, int], num_conditions: int, head_dim: int) -> np.ndarray:
+def rotary_angles(
+    grid: tuple[int, int], condition_shapes: Sequence[tuple[int, ...]], head_dim: int
+) -> np.ndarray:
     """The angles of all tokens of a sequence, conditions first.
 
-    Rows and columns count from 1; condition tokens stand at 0 and are not turned.
+    Rows and columns count from 1. Condition tokens that lie over the image stand where they lie in
+    it; the others stand in row 0, their columns counting from 0: a single one is not turned.
 
     Args:
         grid: rows and columns of codes.
-        num_conditions: tokens in front of the codes.
+        condition_shapes: of the conditions in front of the codes: `(n,)`, or `(rows, columns)`
+            over the image.
         head_dim: channels of a head, a multiple of 4.
 
     Returns:
-        `(num_conditions + rows * columns, head_dim / 2)` float32, in radians.
+        `(tokens of the conditions + rows * columns, head_dim / 2)` float32, in radians.
 
     Raises:
         ValueError: 4 does not divide `head_dim`.
@@ -32,12 +38,20 @@ def rotary_angles(grid: tuple[int, int], num_conditions: int, head_dim: int) -> 
     if head_dim % 4:
         raise ValueError(f"Rotary positions need heads of a multiple of 4 channels, not {head_dim}")
     frequencies = BASE ** (-np.arange(head_dim // 4) / (head_dim // 4))
-    rows, columns = np.meshgrid(*(np.arange(1, size + 1) for size in grid), indexing="ij")
-    angles = np.concatenate(
-        [axis.reshape(-1, 1) * frequencies for axis in (rows, columns)], axis=-1
-    )
-    conditions = np.zeros((num_conditions, head_dim // 2))
-    return np.concatenate([conditions, angles]).astype(np.float32)
+    places = np.concatenate([_places(shape, grid) for shape in (*condition_shapes, grid)], axis=1)
+    angles = [axis[:, None] * frequencies for axis in places]
+    return np.concatenate(angles, axis=-1).astype(np.float32)
+
+
+def _places(shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
+    """Rows and columns of tokens, `(2, n)`, in units of the grid of codes."""
+    if len(shape) == 1:
+        return np.stack([np.zeros(shape), np.arange(*shape)])
+    axes = [
+        (np.arange(size) + 0.5) * (whole / size) + 0.5
+        for size, whole in zip(shape, grid, strict=True)
+    ]
+    return np.stack(np.meshgrid(*axes, indexing="ij")).reshape(2, -1)
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:

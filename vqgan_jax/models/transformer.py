@@ -116,6 +116,8 @@ class Transformer(nn.Module):
         codebook_size: codes there are to predict.
         grid: rows and columns of codes, for rotary positions.
         num_conditions: condition tokens in front of the codes, at least 1.
+        condition_shapes: for rotary positions, of which kinds these are, `(n,)` or
+            `(rows, columns)` over the image; empty where each is one by itself.
         condition_size: different condition tokens, 0 where they share the codes' table, as in the
             reference.
         max_length: of `num_conditions + rows * columns - 1` tokens, for learned positions.
@@ -161,6 +163,7 @@ class Transformer(nn.Module):
     unroll: int = 1
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
+    condition_shapes: tuple[tuple[int, ...], ...] = ()
 
     def setup(self):
         init = nn.initializers.normal(0.02)
@@ -259,7 +262,8 @@ class Transformer(nn.Module):
         if self.positions != "rotary":
             return None
         head_dim = self.width // self.num_heads
-        return rotary_angles(self.grid, self.num_conditions, head_dim)
+        shapes = self.condition_shapes or ((1,),) * self.num_conditions
+        return rotary_angles(self.grid, shapes, head_dim)
 
     def _hidden(self, conditions, codes, train):
         code_tokens = self.embed_codes(codes)

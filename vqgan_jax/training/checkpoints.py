@@ -3,7 +3,7 @@
 A run keeps `checkpoints/STEP/{state,config}`: the whole training state, written in the background,
 and the resolved config. An export is `config.json` and `variables/`: the model's parameters (the
 moving average where there is one) and, for fine-tuning, the discriminator's. A transformer's run or
-export has that of its tokenizer within, as `tokenizer/`.
+export has those of its tokenizers within, as `tokenizer/` and `condition_tokenizers/NAME/`.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import logging
 import math
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
 VARIABLES = "variables"
 TOKENIZER = "tokenizer"
+CONDITION_TOKENIZERS = "condition_tokenizers"
 _WRITE_ERRORS = (OSError, ValueError)  # tensorstore tells of a full disk by a ValueError
 
 
@@ -227,7 +229,7 @@ def write_export(
     config: ConfigDict,
     variables: Any,
     discriminator: Any | None = None,
-    tokenizer: tuple[ConfigDict, Any] | None = None,
+    tokenizers: Mapping[str, tuple[ConfigDict, Any]] | None = None,
 ) -> None:
     """Writes what inference needs to a new directory, all at once at the end.
 
@@ -236,7 +238,8 @@ def write_export(
         config: the resolved config.
         variables: the model's collections, `params` and for an EMA quantiser `codebook`.
         discriminator: its collections, for fine-tuning and for the way back to other formats.
-        tokenizer: of a transformer: its tokenizer's config and variables.
+        tokenizers: of a transformer: config and variables of its tokenizer, `TOKENIZER`, and of
+            those of its conditions, by `condition_folder`.
 
     Raises:
         CheckpointError: the directory is in use, or it cannot be written.
@@ -263,8 +266,8 @@ def write_export(
         ) as checkpointer:
             checkpointer.save(temporary / VARIABLES, jax.device_get(items))
         (temporary / CONFIG_FILE).write_text(configuration.to_json(config))
-        if tokenizer is not None:
-            write_export(temporary / TOKENIZER, *tokenizer)
+        for name, tokenizer in (tokenizers or {}).items():
+            write_export(temporary / name, *tokenizer)
         if directory.exists():
             directory.rmdir()
         temporary.rename(directory)
@@ -340,8 +343,13 @@ def _inference_params(state):
     return state.get("ema_params") or state["params"]
 
 
-def tokenizer_path(path: str | pathlib.Path) -> pathlib.Path:
-    """Where the tokenizer of a transformer's run, checkpoint or export is.
+def condition_folder(name: str) -> str:
+    """The folder of a run or export that has the tokenizer of a condition."""
+    return f"{CONDITION_TOKENIZERS}/{name}"
+
+
+def tokenizer_path(path: str | pathlib.Path, folder: str = TOKENIZER) -> pathlib.Path:
+    """Where a tokenizer of a transformer's run, checkpoint or export is.
 
     Raises:
         CheckpointError: it has none.
@@ -352,11 +360,9 @@ def tokenizer_path(path: str | pathlib.Path) -> pathlib.Path:
         path.parent,
         path.parent.parent,
     ):  # a checkpoint is RUN/checkpoints/STEP
-        if (directory / TOKENIZER / CONFIG_FILE).is_file():
-            return directory / TOKENIZER
-    raise CheckpointError(
-        f"{path} is a transformer without its tokenizer: {TOKENIZER}/ is missing."
-    )
+        if (directory / folder / CONFIG_FILE).is_file():
+            return directory / folder
+    raise CheckpointError(f"{path} is a transformer without its tokenizer: {folder}/ is missing.")
 
 
 def _read_config(file: pathlib.Path, path: pathlib.Path) -> ConfigDict:

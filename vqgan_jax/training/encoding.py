@@ -1,12 +1,15 @@
 """Codes of raw images, as the pipeline gives them."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vqgan_jax.data.code_manifest import ConditionInfo
+from vqgan_jax.data.condition_sources import ConditionImage, Coordinates
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.inference import Tokenizer
 from vqgan_jax.training.compilation import compile_options
@@ -18,6 +21,40 @@ def encode_raw(tokenizer: Tokenizer, variables, raw: jax.Array) -> jax.Array:
     images = prepare_images(tokenizer.config.data, raw)
     codes = tokenizer.module.apply(variables, images, method="encode")
     return codes.reshape(len(codes), -1)
+
+
+def describe_condition(
+    condition: ConditionImage | Coordinates, resolution: int, tokenizer: Tokenizer | None = None
+) -> ConditionInfo:
+    """All that determines a condition's tokens, as it stands beside codes on disk.
+
+    Args:
+        condition: where it comes from.
+        resolution: of the images, in pixels.
+        tokenizer: of an image.
+
+    Raises:
+        DataError: the tokenizer's factor does not divide the resolution.
+    """
+    factor = condition.factor if tokenizer is None else tokenizer.factor
+    if resolution % factor:
+        raise DataError(
+            f"The factor {factor} of the tokenizer of the condition {condition.name} does not "
+            f"divide the resolution {resolution}."
+        )
+    side = resolution // factor
+    shape = dict(name=condition.name, num_tokens=side * side, grid=(side, side))
+    if tokenizer is None:
+        return ConditionInfo(**shape, vocabulary=condition.intervals + 1)
+    return ConditionInfo(
+        **shape,
+        vocabulary=tokenizer.codebook_size,
+        fingerprint=tokenizer.fingerprint,
+        dtype=jnp.dtype(tokenizer.module.dtype).name,
+        image_key=condition.feature,
+        derive=condition.derive,
+        scale=condition.scale if condition.derive == "low_resolution" else 0,
+    )
 
 
 class HostEncoder:
@@ -53,27 +90,42 @@ class HostEncoder:
         """Raw images `(B, views, ...)` to the devices, a view at a time."""
         return [jax.device_put(images[:, view], self._rows) for view in range(images.shape[1])]
 
-    def codes(self, batches: Iterable[dict]) -> Iterator[tuple[np.ndarray, dict]]:
-        """Codes `(B, views, h * w)` of each batch, and the batch.
+    def encode(self, views: list[jax.Array]) -> list[jax.Array]:
+        """Codes `(B, h * w)` of each view that `put` sent; the devices go on by themselves."""
+        return [self._encode(self._variables, view) for view in views]
 
-        They are fetched one batch late, so that the devices have the next one to go on with.
-        """
-        previous = None
-        for batch in batches:
-            current = [self._encode(self._variables, view) for view in batch.pop("views")], batch
-            if previous:
-                yield self._fetch(*previous)
-            previous = current
+
+def encode_batches(
+    encoders: Mapping[str, HostEncoder], batches: Iterable[dict]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches whose images have become codes.
+
+    They are fetched one batch late, so that the devices have the next one to go on with.
+
+    Args:
+        encoders: by the key of the images that each encodes.
+        batches: have under each key what `HostEncoder.put` gave.
+
+    Yields:
+        The batches with codes `(B, views, h * w)` in the place of images.
+    """
+    previous = None
+    for batch in batches:
+        current = batch | {key: encoder.encode(batch[key]) for key, encoder in encoders.items()}
         if previous:
-            yield self._fetch(*previous)
+            yield previous | _fetch(previous, encoders)
+        previous = current
+    if previous:
+        yield previous | _fetch(previous, encoders)
 
-    def _fetch(self, codes: list[jax.Array], batch: dict) -> tuple[np.ndarray, dict]:
-        try:
-            return np.stack(jax.device_get(codes), axis=1), batch
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise DataError(
-                "The images that go through a device together are too much for its memory; set a "
-                "smaller --batch_size."
-            ) from error
+
+def _fetch(batch: dict, keys: Iterable[str]) -> dict[str, np.ndarray]:
+    try:
+        return {key: np.stack(jax.device_get(batch[key]), axis=1) for key in keys}
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DataError(
+            "The images that go through a device together are too much for its memory; set a "
+            "smaller --batch_size."
+        ) from error

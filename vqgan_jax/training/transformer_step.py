@@ -7,19 +7,18 @@ import jax.numpy as jnp
 import optax
 
 from vqgan_jax.training.accumulation import accumulate
-from vqgan_jax.training.learner import Learner, make_conditions
+from vqgan_jax.training.learner import Learner
 from vqgan_jax.training.optimizers import update_moving_average
 from vqgan_jax.training.states import TransformerState, step_key
 
 
-def transformer_step(learner: Learner, state: TransformerState, codes, labels):
+def transformer_step(learner: Learner, state: TransformerState, batch):
     """One update of the transformer.
 
     Args:
         learner: what does not change from step to step.
         state: before the update.
-        codes: `(B, N)` int32, in the order of rows.
-        labels: `(B,)` int32 classes, -1 for none.
+        batch: `codes`, `(B, N)` int32, in the order of rows, and what its conditions read.
 
     Returns:
         The state after it, and metrics.
@@ -28,12 +27,12 @@ def transformer_step(learner: Learner, state: TransformerState, codes, labels):
 
     def micro_batch(carry, batch, index):
         (loss, metrics), gradients = jax.value_and_grad(objective, argnums=1, has_aux=True)(
-            learner, state.params, *batch, keys=micro_batch_keys(config.seed, state.step, index)
+            learner, state.params, batch, keys=micro_batch_keys(config.seed, state.step, index)
         )
         return carry, gradients, metrics | {"loss/cross_entropy": loss}, None
 
     _, gradients, metrics, _ = accumulate(
-        micro_batch, None, state.params, (codes, labels), config.optimizer.accumulate
+        micro_batch, None, state.params, batch, config.optimizer.accumulate
     )
     updates, opt_state = learner.optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -51,17 +50,18 @@ def transformer_step(learner: Learner, state: TransformerState, codes, labels):
     return TransformerState(state.step + 1, params, opt_state, ema_params), metrics
 
 
-def objective(learner: Learner, params, codes, labels, keys):
+def objective(learner: Learner, params, batch, keys):
     """Mean cross-entropy of all codes in nats, and metrics, with what training adds.
 
     A share of the codes that the model sees is replaced by random ones, so that it learns to go on
     from its own mistakes (`training.pkeep`); the codes to predict stay as they are. A share of the
-    classes is left out, for guidance (`condition.dropout`).
+    conditions is left out, for guidance (`condition.dropout`).
     """
-    config = learner.config
+    config, codes = learner.config, batch["codes"]
+    dropped = False
     if config.condition.dropout > 0.0:
-        dropped = jax.random.bernoulli(keys["condition"], config.condition.dropout, labels.shape)
-        labels = jnp.where(dropped, -1, labels)
+        shape = codes.shape[:1]
+        dropped = jax.random.bernoulli(keys["condition"], config.condition.dropout, shape)
     seen = codes
     if config.training.pkeep < 1.0:
         keep_key, code_key = jax.random.split(keys["corruption"])
@@ -70,7 +70,7 @@ def objective(learner: Learner, params, codes, labels, keys):
         seen = jnp.where(keep, codes, jax.random.randint(code_key, codes.shape, 0, size))
     logits = learner.transformer.apply(
         {"params": params},
-        make_conditions(config.condition, labels),
+        learner.conditions.tokens(batch, dropped),
         seen,
         train=True,
         rngs={"dropout": keys["dropout"]},
@@ -85,17 +85,16 @@ def micro_batch_keys(seed: int, step, index) -> dict[str, jax.Array]:
     return {stream: jax.random.fold_in(step_key(seed, step, stream), index) for stream in streams}
 
 
-def transformer_evaluation_step(learner: Learner, params, codes, labels, mask):
+def transformer_evaluation_step(learner: Learner, params, batch, mask):
     """Sums over a batch: cross-entropy and right predictions a code, and how many images count.
 
     Args:
         learner: what does not change from step to step.
         params: for inference.
-        codes: `(B, N)` int32.
-        labels: `(B,)` int32.
+        batch: as of `transformer_step`.
         mask: `(B,)`, 0 for rows that do not count.
     """
-    conditions = make_conditions(learner.config.condition, labels)
+    codes, conditions = batch["codes"], learner.conditions.tokens(batch)
     logits = learner.transformer.apply({"params": params}, conditions, codes)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, codes).mean(axis=-1)
     right = jnp.mean(jnp.argmax(logits, axis=-1) == codes, axis=-1)

@@ -44,3 +44,26 @@ def start_from(path: str, game: Game, state: TokenizerState, layout) -> Tokenize
         jax.device_get(variables), jax.device_get(discriminator)
     )
     return state.replace(**players)
+
+
+def initial_params(path: str, abstract_params):
+    """The parameters of another transformer on the host, to begin from.
+
+    Raises:
+        CheckpointError: there is none at `path`, or it has other shapes than `abstract_params`.
+    """
+    config, variables, _ = read_variables(path)
+    if config.stage != "transformer":
+        raise CheckpointError(
+            f"config.training.initialize_from {path} is a {config.stage}; a transformer is needed "
+            "here."
+        )
+    ours, theirs = shapes(abstract_params), shapes(variables["params"])
+    different = sorted(ours.items() ^ theirs.items())
+    if different:
+        name = different[0][0]
+        raise CheckpointError(
+            f"config.training.initialize_from {path} holds another model: the shape of {name} is "
+            f"{theirs.get(name, 'not')} there and {ours.get(name, 'not')} here."
+        )
+    return jax.device_get(variables["params"])

@@ -1,0 +1,63 @@
+"""Tokenizers at f8 of the Earth and of its maps, for two CPU cores: what large pictures are made of.
+
+    python -m vqgan_jax.train --config=configs/earth_f8.py
+    python -m vqgan_jax.train --config=configs/earth_f8.py:segmentation --workdir=runs/earth_f8_segmentation
+    python -m vqgan_jax.train --config=configs/earth_f8.py:relief --workdir=runs/earth_f8_relief
+
+Trained on crops of 64 pixels; being convolutional, they take images of any size. Of
+`:segmentation`, the 17 classes of land cover, binary cross-entropy and no discriminator.
+"""  # noqa: E501
+
+from vqgan_jax.configuration import parse_argument, tokenizer_config
+
+VARIANTS = ("", "segmentation", "relief")
+
+
+def get_config(arg: str = ""):
+    """`arg` is the picture: "image", "relief" or "segmentation"."""
+    argument = parse_argument(arg, data="image")
+    config = tokenizer_config()
+
+    model = config.model
+    model.resolution = 64
+    model.channels = 32
+    model.channel_multipliers = (1, 1, 2, 4)
+    model.num_res_blocks = 1
+    model.attention_resolutions = ()
+    model.latent_channels = 128
+    model.num_groups = 4
+    model.quantizer.kind = "ema"
+    model.quantizer.codebook_size = 1024
+    model.quantizer.code_dim = 32
+    model.quantizer.kmeans_init = True
+    model.quantizer.restart_below = 0.01
+
+    config.data.name = "earth/128"
+    config.data.image_key = argument.data
+    if argument.data == "segmentation":
+        model.in_channels = model.out_channels = config.data.num_labels = 17
+        model.quantizer.codebook_size = 256
+        config.loss.l1 = config.loss.perceptual = 0.0
+        config.loss.binary_cross_entropy = 1.0
+        config.discriminator.enabled = False
+    else:
+        config.loss.perceptual_network.backbone = "alexnet"
+        config.discriminator.channels = 32
+        config.discriminator.num_layers = 2
+        config.discriminator.start = 700
+        config.discriminator.weight = 0.2
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.discriminator_learning_rate = 3e-4
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 50
+    config.optimizer.end_factor = 0.1
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.ema_decay = 0.99
+
+    config.training.batch_size = 16
+    config.training.num_steps = 1000 if argument.data != "segmentation" else 600
+    config.training.evaluate_every = 250
+    config.training.checkpoint_every = 125
+    config.training.log_every = 25
+    return config

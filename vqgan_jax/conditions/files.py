@@ -1,0 +1,108 @@
+"""Conditions and parts of images from files, for the command that draws images."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vqgan_jax.conditions.kinds import layout_encoding
+from vqgan_jax.conditions.layout_files import read_layout
+from vqgan_jax.data.decoding import decode_image, decode_label_map
+from vqgan_jax.data.errors import DataError
+
+SIDES = ("top", "bottom", "left", "right")
+
+
+def read_conditions(condition: ConfigDict, kind: str, path: str) -> list:
+    """What `GivenConditions` takes of a kind, from a file or from all files of a folder, in order.
+
+    Args:
+        condition: `config.condition` of the transformer.
+        kind: "layout", for JSON files, or the name of a condition image, for pictures.
+        path: a file or a folder.
+
+    Raises:
+        DataError: the model has no such condition, or a file is none of that kind.
+    """
+    kinds = [name for name in condition.kinds if name not in ("class", "coordinates")]
+    if kind not in kinds:
+        raise DataError(
+            f"--condition={kind}=...: the model has no condition {kind!r}; it has "
+            f"{', '.join(kinds) or 'none that is a file'}."
+        )
+    place = pathlib.Path(path).expanduser()
+    if not place.exists():
+        raise DataError(f"--condition={kind}={path}: there is no such file.")
+    files = (
+        sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
+    )
+    if not files:
+        raise DataError(f"--condition={kind}={path}: the folder is empty.")
+    if kind == "layout":
+        encoding = layout_encoding(condition.layout)
+        return [read_layout(file, encoding) for file in files]
+    decode = decode_label_map if condition.images[kind].num_labels else decode_image
+    return [_decoded(kind, file, decode) for file in files]
+
+
+def _decoded(kind: str, file: pathlib.Path, decode) -> np.ndarray:
+    try:
+        return decode(file)
+    except DataError as error:
+        if decode is decode_label_map and "label map" in str(error):
+            with Image.open(file) as picture:
+                mode = picture.mode
+            raise DataError(
+                f"The condition {kind} is a label map, a grey or palette picture whose values are "
+                f"labels; {file} has the mode {mode}."
+            ) from error
+        raise
+
+
+def read_known_part(
+    path: str, side: str, size: tuple[int, int], factor: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """An image that is to be completed, and which of its codes are known.
+
+    Where it is transparent it is to be drawn; an image without transparency is known in one half.
+
+    Args:
+        path: of the image.
+        side: of `SIDES`: the half that is kept.
+        size: height and width of the image to draw.
+        factor: pixels a code.
+
+    Returns:
+        uint8 `(H, W, 3)`; bool `(h, w)`, true where every pixel of a code is known.
+
+    Raises:
+        DataError: it is no image, or of another size.
+    """
+    pixels = decode_image(path)
+    if pixels.shape[:2] != size:
+        raise DataError(
+            f"--complete={path} has {pixels.shape[1]} x {pixels.shape[0]} pixels (width x height), "
+            f"and the image to draw {size[1]} x {size[0]}."
+        )
+    height, width = size
+    known = np.zeros(size, bool)
+    with Image.open(path) as image:
+        if image.has_transparency_data:
+            known = np.asarray(image.convert("RGBA"))[..., 3] == 255
+        elif side == "top":
+            known[: height // 2] = True
+        elif side == "bottom":
+            known[height - height // 2 :] = True
+        elif side == "left":
+            known[:, : width // 2] = True
+        else:
+            known[:, width - width // 2 :] = True
+    squares = known.reshape(height // factor, factor, width // factor, factor)
+    return pixels, squares.all(axis=(1, 3))
+
+
+def in_turn(values: Sequence, numbers: np.ndarray) -> list:
+    """The value of each sample: the first for sample 0, and from the start again after the last."""
+    return [values[number % len(values)] for number in numbers]

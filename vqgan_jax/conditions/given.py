@@ -1,0 +1,205 @@
+"""Conditions as a user gives them, checked against what the model was trained with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vqgan_jax.conditions.coordinates import coordinate_tokens
+from vqgan_jax.conditions.kinds import layout_encoding
+from vqgan_jax.conditions.layouts import Layout
+
+Condition = int | str | Sequence | np.ndarray | Layout | Mapping[str, Any] | None
+
+
+class GivenConditions:
+    """From what a user gives to the rows of a batch that `kinds.Conditions` reads.
+
+    Attributes:
+        asked: the kinds that a user gives; coordinates follow from the image's size.
+    """
+
+    def __init__(self, config: ConfigDict, factor: int, tokenizers: Mapping[str, Any]):
+        """Those of a transformer's resolved config.
+
+        Args:
+            config: the transformer's.
+            factor: pixels a code of its images.
+            tokenizers: of the condition images, by name.
+        """
+        self._condition, self._factor, self._tokenizers = config.condition, factor, tokenizers
+        self.asked = tuple(kind for kind in config.condition.kinds if kind != "coordinates")
+
+    def batch(
+        self, condition: Condition, num_samples: int, grid: tuple[int, int]
+    ) -> dict[str, np.ndarray]:
+        """The rows of `num_samples` images of `grid` codes.
+
+        Args:
+            condition: of one kind, its value; of several, a mapping from kinds to values; None for
+                no condition. A class is a number or name, or one for each sample. An image is
+                uint8 `(H, W, 3)`, a label map integers `(H, W)`, or one for each sample in front;
+                of low resolution, it is that image or what it was scaled up to. A layout is a
+                `Layout` or one for each sample.
+            num_samples: how many.
+            grid: rows and columns of codes.
+
+        Raises:
+            ValueError: it is none of that, or not of the image's size.
+        """
+        given = self._by_kind(condition)
+        rows = {}
+        if "class" in self.asked:
+            rows["label"] = self.labels(given["class"], num_samples)
+        for kind in self.asked:
+            if kind == "layout":
+                rows[kind] = self._layouts(given[kind], num_samples)
+            elif kind != "class":
+                rows[kind] = self._image_codes(kind, given[kind], num_samples, grid)
+        if "coordinates" in self._condition.kinds:
+            height, width = (size * self._factor for size in grid)
+            intervals = self._condition.coordinates.intervals
+            tokens = coordinate_tokens(height, width, self._factor, intervals)
+            rows["coordinates"] = np.broadcast_to(tokens, (num_samples, *grid))
+        return rows
+
+    def _by_kind(self, condition: Condition) -> dict[str, Any]:
+        if condition is None:
+            condition = {}
+        elif not isinstance(condition, Mapping):
+            _check(bool(self.asked), "this model has no classes; condition must be None.")
+            _check(
+                len(self.asked) == 1,
+                f"this model has several conditions; condition must be a mapping of some of "
+                f"{', '.join(self.asked)}.",
+            )
+            condition = {self.asked[0]: condition}
+        unknown = [kind for kind in condition if kind not in self.asked]
+        _check(
+            not unknown,
+            f"this model has no condition {', '.join(unknown)}; it has "
+            f"{', '.join(self.asked) or 'none'}.",
+        )
+        missing = [kind for kind in self.asked if kind not in condition]
+        if missing and (self._condition.dropout == 0.0 or len(missing) < len(self.asked)):
+            if missing == ["class"] == list(self.asked):
+                count = self._condition.num_classes
+                raise ValueError(
+                    "this model draws images of a class: condition must be one of its "
+                    f"{count} classes."
+                )
+            raise ValueError(
+                f"this model needs the condition {', '.join(missing)}, which is not given."
+            )
+        return {kind: condition.get(kind) for kind in self.asked}
+
+    def labels(self, given: int | str | Sequence | None, num_samples: int) -> np.ndarray:
+        """Classes by number or name, `(num_samples,)` int32, -1 for none.
+
+        Raises:
+            ValueError: there is no such class, or not one for each sample.
+        """
+        if given is None:
+            return np.full(num_samples, -1, np.int32)
+        one_for_all = isinstance(given, str) or np.ndim(given) == 0
+        wanted = [given] * num_samples if one_for_all else list(given)
+        _check(
+            len(wanted) == num_samples,
+            f"condition has {len(wanted)} classes for {num_samples} samples.",
+        )
+        return np.array([self._class_number(name) for name in wanted], np.int32)
+
+    def _class_number(self, name: int | str) -> int:
+        count, class_names = self._condition.num_classes, self._condition.class_names
+        if isinstance(name, str) and not name.isdigit():
+            names = ", ".join(class_names) or f"0 to {count - 1}"
+            _check(name in class_names, f"there is no class {name!r}; there are {names}.")
+            return class_names.index(name)
+        _check(0 <= int(name) < count, f"there is no class {name}; there are 0 to {count - 1}.")
+        return int(name)
+
+    def _layouts(self, given: Layout | Sequence[Layout] | None, num_samples: int) -> np.ndarray:
+        encoding = layout_encoding(self._condition.layout)
+        if given is None:
+            return np.full((num_samples, encoding.length), -1, np.int32)
+        layouts = [given] * num_samples if isinstance(given, Layout) else list(given)
+        _check(
+            len(layouts) == num_samples,
+            f"condition has {len(layouts)} layouts for {num_samples} samples.",
+        )
+        return np.stack([encoding.encode(layout) for layout in layouts])
+
+    def _image_codes(self, kind, given, num_samples, grid) -> np.ndarray:
+        tokenizer = self._tokenizers[kind]
+        height, width = (size * self._factor for size in grid)
+        own_grid = height // tokenizer.factor, width // tokenizer.factor
+        if given is None:
+            return np.full((num_samples, *own_grid), -1, np.int32)
+        images = self.check_image(kind, np.asarray(given), (height, width))
+        _check(
+            len(images) in (1, num_samples),
+            f"condition {kind} has {len(images)} images for {num_samples} samples.",
+        )
+        codes = np.concatenate([self._encode(tokenizer, image[None]) for image in images])
+        return np.broadcast_to(codes, (num_samples, *codes.shape[1:]))
+
+    def _encode(self, tokenizer, images: np.ndarray) -> np.ndarray:
+        num_labels = tokenizer.config.data.num_labels
+        prepared = (
+            np.eye(num_labels, dtype=np.float32)[images] if num_labels else images / 127.5 - 1
+        )
+        return np.asarray(tokenizer.encode(prepared.astype(np.float32)))
+
+    def check_image(self, kind: str, images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Condition images with a batch axis in front, of the size of the image to draw.
+
+        Args:
+            kind: the condition.
+            images: `(H, W, 3)` uint8, `(H, W)` integers for a label map, or several of them.
+            size: height and width of the image to draw.
+
+        Raises:
+            ValueError: it is of another type, size or range.
+        """
+        image, num_labels = self._condition.images[kind], self._condition.images[kind].num_labels
+        axes = 2 if num_labels else 3
+        shape = images.shape
+        is_picture = images.ndim >= 3 and images.shape[-1] == 3 and images.shape[-2] > 3
+        images = images if images.ndim > axes else images[None]
+        if num_labels:
+            _check(
+                images.ndim == 3 and np.issubdtype(images.dtype, np.integer) and not is_picture,
+                f"the condition {kind} is a label map, integers (H, W); what is given has shape "
+                f"{shape} and type {images.dtype}.",
+            )
+            lowest, highest = images.min(), images.max()
+            _check(
+                lowest >= 0 and highest < num_labels,
+                f"the condition {kind} has the label {lowest if lowest < 0 else highest}; this "
+                f"model knows 0 to {num_labels - 1}.",
+            )
+        else:
+            _check(
+                images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8,
+                f"the condition {kind} is a picture, uint8 (H, W, 3); what is given has shape "
+                f"{shape} and type {images.dtype}.",
+            )
+        small = size[0] // image.scale, size[1] // image.scale
+        if image.derive == "low_resolution" and images.shape[1:3] == small:
+            bicubic = Image.Resampling.BICUBIC
+            images = np.stack(
+                [np.asarray(Image.fromarray(i).resize(size[::-1], bicubic)) for i in images]
+            )
+        _check(
+            images.shape[1:3] == size,
+            f"the condition {kind} has {images.shape[2]} x {images.shape[1]} pixels (width x "
+            f"height), and the image to draw {size[1]} x {size[0]}.",
+        )
+        return images
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,115 @@
+"""What the command that draws images has to draw, and what it shows meanwhile."""
+
+import hashlib
+import io
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from PIL import Image
+
+from vqgan_jax.conditions.files import in_turn, read_known_part
+from vqgan_jax.data.errors import DataError
+from vqgan_jax.training.progress import format_duration
+
+FRAMES, REPORT_SECONDS = 40, 10.0
+
+
+class Drawing:
+    """What is to be drawn, for any numbers of samples.
+
+    Attributes:
+        generator: draws it.
+        grid: rows and columns of codes.
+        given: by kind of condition, values for the samples in turn.
+        options: of `Generator.sample_codes`, the same for all samples.
+    """
+
+    def __init__(self, generator, grid: tuple[int, int], given: Mapping[str, Sequence], options):
+        self.generator, self.grid, self.given, self.options = generator, grid, given, options
+        self.size = generator.size_of(grid)
+        self._known, self._known_mask = None, None
+
+    @property
+    def slides(self) -> bool:
+        """Whether images are larger than those of the training."""
+        return self.grid != tuple(self.generator.config.model.grid)
+
+    def complete(self, path: str, keep: str) -> None:
+        """Keeps a part of an image, exactly in codes; see `read_known_part`."""
+        tokenizer = self.generator.tokenizer
+        if tokenizer.config.data.num_labels:
+            raise DataError("--complete takes a picture, and this model draws label maps.")
+        pixels, known = read_known_part(path, keep, self.size, tokenizer.factor)
+        codes = tokenizer.encode((pixels[None] / 127.5 - 1).astype(np.float32))
+        self._known, self._known_mask = np.asarray(codes).reshape(-1), known.reshape(-1)
+
+    def settings(self) -> dict:
+        """What samples depend on beside seed, classes and options, for `settings.json`."""
+        settings = {"size": list(self.size)}
+        files = {kind: values for kind, values in self.given.items() if kind != "class"}
+        for kind, values in files.items():
+            digest = hashlib.sha256()
+            for value in values:
+                digest.update(repr(value).encode() if kind == "layout" else value.tobytes())
+            settings[f"condition {kind}"] = digest.hexdigest()
+        if self._known is not None:
+            known = np.where(self._known_mask, self._known, -1)
+            settings["known"] = hashlib.sha256(known.astype("<i4").tobytes()).hexdigest()
+        return settings
+
+    def draw(self, numbers: np.ndarray, batch_size: int, on_progress=None) -> np.ndarray:
+        """The codes of samples by number, `(len(numbers), h, w)`."""
+        condition = {
+            kind: values if len(values) == 1 and kind != "class" else in_turn(values, numbers)
+            for kind, values in self.given.items()
+        }
+        codes = self.generator.sample_codes(
+            num_samples=len(numbers),
+            condition=condition or None,
+            indices=numbers,
+            batch_size=batch_size,
+            height=self.size[0],
+            width=self.size[1],
+            known=self._known,
+            known_mask=self._known_mask,
+            on_progress=on_progress,
+            **self.options,
+        )
+        return codes.reshape(-1, *self.grid)
+
+
+class Film:
+    """Watches images form: prints how far they are, and keeps pictures of it."""
+
+    def __init__(self, drawing: Drawing, show: bool):
+        """Of a batch of samples; `show` keeps pictures of the first one."""
+        self.show, self._drawing = show, drawing
+        self._frames: list[np.ndarray] = []
+        self._start, self._reported = time.monotonic(), time.monotonic()
+
+    def __call__(self, step: int, total: int, codes: np.ndarray) -> None:
+        """Takes in the codes `(B, h, w)` after a step."""
+        if self.show and step * FRAMES >= (len(self._frames) + 1) * total:
+            self._frames.append(np.array(codes[:1]))
+        now = time.monotonic()
+        if jax.process_index() == 0 and (now - self._reported > REPORT_SECONDS or step == total):
+            left = format_duration((now - self._start) * (total - step) / step)
+            print(f"step {step}/{total}  left {left}", flush=True)
+            self._reported = now
+
+    def encoded(self) -> bytes:
+        """An animated GIF of the first sample, whose last picture stays a while."""
+        images = [self._drawing.generator.decode(codes)[0] for codes in self._frames]
+        frames = [Image.fromarray(image) for image in images]
+        content = io.BytesIO()
+        frames[0].save(
+            content,
+            format="gif",
+            save_all=True,
+            append_images=frames[1:],
+            duration=[100] * (len(frames) - 1) + [2000],
+            loop=0,
+        )
+        return content.getvalue()
