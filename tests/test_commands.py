@@ -103,7 +103,7 @@ def test_help(run_inputs, tmp_path):
         ({"data.name": "folder:EMPTY"}, DataError, "has no images"),
         ({"data.train_split": "trian"}, DataError, "no split 'trian'; it has"),
         ({"data.validation_split": "valid"}, DataError, "no split 'valid'; it has"),
-        ({"data.image_key": "pixels"}, DataError, "config.data.image_key is 'pixels'"),
+        ({"data.image_key": "pixels"}, DataError, "has no pictures of the feature 'pixels'"),
         ({"data.resize": -1, "data.name": "folder:SMALL"}, DataError, "too few for a crop of 32"),
         ({"data.resize": 16}, DataError, "config.data.resize is 16"),
         ({"model.resolution": 33}, ConfigError, "factor 2 does not divide; take 32."),

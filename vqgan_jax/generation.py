@@ -4,7 +4,7 @@ import copy
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -97,10 +97,9 @@ class Generator:
     def decode(self, codes: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Codes `(B, h, w)` -> images `(B, H, W, 3)` uint8; label maps in their colours."""
         size = self._rows_at_once(batch_size, len(codes))
-        parts = _padded_parts(codes, size)
         images = [
             self._decode(self._tokenizer_variables, jax.device_put(part, self._rows))
-            for part in parts
+            for part in _batches(codes, size)
         ]
         return np.concatenate([to_rgb(self.tokenizer, part) for part in images])[: len(codes)]
 
@@ -180,18 +179,10 @@ class Generator:
         known, known_mask = self._known(known, known_mask, num_samples, math.prod(grid))
 
         size = self._rows_at_once(batch_size, num_samples)
-        parts = jax.tree.map(
-            lambda array: _padded_parts(array, size), (rows, indices, known, known_mask)
-        )
         whole = self._params, jax.random.key(seed), filters, scales
         slides = on_progress is not None or grid != tuple(self.config.model.grid)
         drawn = []
-        for number in range(-(-num_samples // size)):
-            part = jax.tree.map(
-                lambda pieces, number=number: pieces[number],
-                parts,
-                is_leaf=lambda leaf: isinstance(leaf, list),
-            )
+        for part in _batches((rows, indices, known, known_mask), size):
             part = jax.device_put(part, self._rows)
             if slides:
                 drawn.append(self._slide_over(grid, whole, part, on_progress))
@@ -417,8 +408,9 @@ def _joined(parts: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
 
-def _padded_parts(array: np.ndarray, size: int) -> list[np.ndarray]:
-    """Rows in parts of `size`, the last one filled up with its last row."""
-    missing = -len(array) % size
-    filled = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
-    return np.split(filled, len(filled) // size)
+def _batches(tree, size: int) -> Iterator:
+    """A tree of arrays `(N, ...)` in parts of `size` rows, the last filled up with its last row."""
+    count = len(jax.tree.leaves(tree)[0])
+    for first in range(0, count, size):
+        rows = np.minimum(np.arange(first, first + size), count - 1)
+        yield jax.tree.map(lambda array, rows=rows: array[rows], tree)
