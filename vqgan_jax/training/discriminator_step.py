@@ -8,12 +8,9 @@ import optax
 from vqgan_jax.losses import adversarial
 from vqgan_jax.training.accumulation import accumulate
 from vqgan_jax.training.game import Game
-from vqgan_jax.training.generator_step import (
-    adversarial_share,
-    micro_batch_keys,
-)
+from vqgan_jax.training.generator_step import adversarial_share
 from vqgan_jax.training.images import prepare_images
-from vqgan_jax.training.states import TokenizerState
+from vqgan_jax.training.states import TokenizerState, micro_batch_keys
 
 
 def discriminator_step(
@@ -129,7 +126,7 @@ def _refreshed(game: Game, state: TokenizerState, images, index):
         images,
         train=True,
         temperature=game.temperature(state.step - 1),
-        rngs=micro_batch_keys(game, state.step - 1, index),
+        rngs=micro_batch_keys(game.config.seed, state.step - 1, index),
         mutable=["codebook"],
     )
     return reconstructions

@@ -17,7 +17,7 @@ from vqgan_jax.training.game import Game
 from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.objectives import quantization_objective, reconstruction_objective
 from vqgan_jax.training.optimizers import update_moving_average
-from vqgan_jax.training.states import TokenizerState, step_key
+from vqgan_jax.training.states import TokenizerState, micro_batch_keys
 
 
 def generator_step(game: Game, state: TokenizerState, images, perceptual_params, *, playing: bool):
@@ -106,7 +106,7 @@ def generator_gradients(
             train=True,
             temperature=game.temperature(state.step),
             method="features",
-            rngs=micro_batch_keys(game, state.step, index),
+            rngs=micro_batch_keys(game.config.seed, state.step, index),
             mutable=["codebook"],
         )
         loss, terms = quantization_objective(config.loss, config.model.quantizer.kind, quantized)
@@ -124,7 +124,7 @@ def generator_gradients(
     )
 
     def objective(reconstructions):
-        key = micro_batch_keys(game, state.step, index)["perceptual"]
+        key = micro_batch_keys(game.config.seed, state.step, index)["perceptual"]
         return reconstruction_objective(
             config.loss, game.perceptual, perceptual_params, images, reconstructions, key
         )
@@ -201,12 +201,3 @@ def adversarial_share(game: Game, step) -> jax.Array:
     """How much of the adversarial terms counts at generator step `step`, for both players."""
     config = game.config.discriminator
     return config.factor * adversarial.ramp(step, config.start, config.warmup_steps)
-
-
-def micro_batch_keys(game: Game, step, index) -> dict[str, jax.Array]:
-    """The random keys of micro-batch `index` of a step, a stream each."""
-    streams = ("dropout", "gumbel", "codebook", "perceptual")
-    return {
-        stream: jax.random.fold_in(step_key(game.config.seed, step, stream), index)
-        for stream in streams
-    }

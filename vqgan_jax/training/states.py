@@ -64,6 +64,11 @@ def step_key(seed: int, step: jax.Array, stream: str) -> jax.Array:
     return jax.random.fold_in(key, jnp.asarray(step, jnp.uint32))
 
 
+def micro_batch_keys(seed: int, step: jax.Array, index: int | jax.Array) -> dict[str, jax.Array]:
+    """The random keys of micro-batch `index` of a step, one of each stream."""
+    return {stream: jax.random.fold_in(step_key(seed, step, stream), index) for stream in STREAMS}
+
+
 STREAMS = (  # the place of a name is part of its key: new ones go to the end
     "params",
     "dropout",

@@ -9,7 +9,7 @@ import optax
 from vqgan_jax.training.accumulation import accumulate
 from vqgan_jax.training.learner import Learner
 from vqgan_jax.training.optimizers import update_moving_average
-from vqgan_jax.training.states import TransformerState, step_key
+from vqgan_jax.training.states import TransformerState, micro_batch_keys
 
 
 def transformer_step(learner: Learner, state: TransformerState, batch):
@@ -77,12 +77,6 @@ def objective(learner: Learner, params, batch, keys):
     )
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
     return loss, {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == codes)}
-
-
-def micro_batch_keys(seed: int, step, index) -> dict[str, jax.Array]:
-    """The random keys of micro-batch `index` of a step, a stream each."""
-    streams = ("dropout", "corruption", "condition")
-    return {stream: jax.random.fold_in(step_key(seed, step, stream), index) for stream in streams}
 
 
 def transformer_evaluation_step(learner: Learner, params, batch, mask):
