@@ -3,11 +3,12 @@
     python -m vqgan_jax.convert --input=last.ckpt --config=model.yaml --output=exports/imagenet
     python -m vqgan_jax.convert --reverse --input=runs/quickstart --output=quickstart.ckpt
 
-The yaml says whether it is a tokenizer or a transformer, whose export has its tokenizer inside.
+The yaml says whether it is a tokenizer or a transformer, whose export has its tokenizers inside.
 PyTorch is not needed, and nothing in a checkpoint is executed. Existing files stay as they are.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,7 +32,13 @@ from vqgan_jax.interop.taming_transformer_yaml import (
 )
 from vqgan_jax.interop.taming_yaml import config_from_yaml, reference_class, yaml_from_config
 from vqgan_jax.interop.torch_pickle import CheckpointFileError
-from vqgan_jax.training.checkpoints import TOKENIZER, read_variables, tokenizer_path, write_export
+from vqgan_jax.training.checkpoints import (
+    TOKENIZER,
+    condition_folder,
+    read_variables,
+    tokenizer_path,
+    write_export,
+)
 
 
 def convert(checkpoint_file: Path, description_file: Path, output: Path) -> None:
@@ -70,15 +77,13 @@ def _convert_transformer(checkpoint_file: Path, project: Mapping, output: Path) 
     config, tokenizer = description.config, description.tokenizer
     state_dict = transformer_state_dict_of(torch_file.read_checkpoint(checkpoint_file))
     converted = transformer_from_state_dict(state_dict, description)
-    write_export(
-        output,
-        config,
-        {"params": converted.params},
-        tokenizers={TOKENIZER: (tokenizer, converted.tokenizer)},
-    )
+    tokenizers = {TOKENIZER: (tokenizer, converted.tokenizer)}
+    for name, (variables, _) in converted.of_conditions.items():
+        tokenizers[condition_folder(name)] = description.of_conditions[name], variables
+    write_export(output, config, {"params": converted.params}, tokenizers=tokenizers)
 
     model, report = config.model, converted.report
-    codes, dimensions = report.codebook
+    codes = model.codebook_size
     others = description.vocab_size - codes
     print(f"Read Net2NetTransformer from {checkpoint_file}:")
     print(f"  parameters     {converted.parameters:,}")
@@ -87,13 +92,16 @@ def _convert_transformer(checkpoint_file: Path, project: Mapping, output: Path) 
     print(f"  condition      {_condition(config.condition)}")
     if others:
         print(f"  vocabulary     {codes:,} codes; {others:,} tokens that are none are never drawn")
-    print(
-        f"  tokenizer      {report.model} f{downsampling_factor(tokenizer.model)}, "
-        f"{codes:,} codes of {dimensions} dimensions, {report.parameters:,} parameters"
-    )
-    print(f"  left out       {_listed(report.left_out)}")
+    print(f"  tokenizer      {_tokenizer(report, tokenizer)}")
+    left_out = Counter(report.left_out)
+    for name, (_, own) in converted.of_conditions.items():
+        print(f"  of {name:<11} {_tokenizer(own, description.of_conditions[name])}")
+        left_out.update(own.left_out)
+    print(f"  left out       {_listed(left_out)}")
+    given = [kind for kind in config.condition.kinds if kind not in ("class", "coordinates")]
+    options = "".join(f" --condition={kind}=FILE" for kind in given)
     print(f"Wrote {output}. To draw from it:")
-    print(f"  python -m vqgan_jax.sample --checkpoint={output} --output=samples")
+    print(f"  python -m vqgan_jax.sample --checkpoint={output}{options} --output=samples")
 
 
 def convert_back(source: Path, output: Path) -> None:
@@ -144,8 +152,14 @@ def _convert_transformer_back(
     source: Path, config: ConfigDict, params: Mapping, output: Path, description_file: Path
 ) -> None:
     tokenizer, variables, _ = read_variables(tokenizer_path(source))
-    description = yaml_from_transformer(config, tokenizer)
-    state_dict = state_dict_from_transformer(params, config, variables, tokenizer)
+    of_conditions = {
+        name: read_variables(tokenizer_path(source, condition_folder(name)))[:2]
+        for name in config.condition.kinds
+        if name in config.condition.images
+    }
+    configs = {name: own for name, (own, _) in of_conditions.items()}
+    description = yaml_from_transformer(config, tokenizer, configs)
+    state_dict = state_dict_from_transformer(params, config, variables, tokenizer, of_conditions)
     _write(state_dict, description, output, description_file)
 
     print(f"Wrote Net2NetTransformer of {source} to {output}:")
@@ -153,6 +167,8 @@ def _convert_transformer_back(
     print(f"  form           {_form(config.model)}")
     print(f"  condition      {_condition(config.condition)}")
     print(f"  tokenizer      {reference_class(tokenizer)} f{downsampling_factor(tokenizer.model)}")
+    for name, own in configs.items():
+        print(f"  of {name:<11} {reference_class(own)} f{downsampling_factor(own.model)}")
     print("  left out       optimizer states")
     print(f"Wrote {description_file}. To read both in the reference:")
     print("  Net2NetTransformer(**config.model.params).load_state_dict(")
@@ -170,10 +186,31 @@ def _form(model: ConfigDict) -> str:
     return f"{model.num_layers} layers of {model.width} channels, {model.num_heads} heads"
 
 
+def _tokenizer(report: taming.Report, config: ConfigDict) -> str:
+    codes, dimensions = report.codebook
+    return (
+        f"{report.model} f{downsampling_factor(config.model)}, {codes:,} codes of {dimensions} "
+        f"dimensions, {report.parameters:,} parameters"
+    )
+
+
 def _condition(condition: ConfigDict) -> str:
-    if condition.kinds == ("class",):
+    if not condition.kinds:
+        return "none, a start token"
+    (kind,) = condition.kinds  # more are none of the reference's
+    if kind == "class":
         return f"one of {condition.num_classes:,} classes"
-    return "none, a start token"
+    if kind == "coordinates":
+        return f"coordinates, in {condition.coordinates.intervals:,} intervals"
+    if kind == "layout":
+        layout = condition.layout
+        return (
+            f"a layout of up to {layout.max_objects} objects of {layout.num_classes:,} classes, "
+            f"{layout.places}"
+        )
+    image = condition.images[kind]
+    what = f"a map of {image.num_labels} labels" if image.num_labels else "an image"
+    return f"{kind}, {what} of {image.grid[0]}x{image.grid[1]} codes"
 
 
 def _listed(groups: dict[str, int]) -> str:

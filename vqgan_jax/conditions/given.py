@@ -147,6 +147,9 @@ class GivenConditions:
 
     def _encode(self, tokenizer, images: np.ndarray) -> np.ndarray:
         num_labels = tokenizer.config.data.num_labels
+        if tokenizer.config.model.in_channels == 1 and not num_labels:
+            grey = [np.asarray(Image.fromarray(image).convert("L")) for image in images]
+            images = np.stack(grey)[..., None]
         prepared = (
             np.eye(num_labels, dtype=np.float32)[images] if num_labels else images / 127.5 - 1
         )

@@ -1,12 +1,11 @@
 """Descriptions of CompVis/taming-transformers' Net2NetTransformer (yaml) to our configs and back.
 
 Such a yaml describes three models: the GPT, its first stage, which is the tokenizer, and what makes
-the condition: a start token (`SOSProvider`) or the image's class (`Labelator`). The number of heads
-stands in the yaml alone, weights of any number have the same shapes.
+the condition (`taming_conditions.py`). The number of heads stands in the yaml alone, weights of any
+number have the same shapes.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,12 @@ from vqgan_jax.configuration import (
     transformer_config,
     validate,
 )
+from vqgan_jax.interop.taming_conditions import (
+    NO_LOSS,
+    assign_condition,
+    assign_table,
+    condition_options,
+)
 from vqgan_jax.interop.taming_options import (
     ConversionError,
     assign,
@@ -30,22 +35,10 @@ from vqgan_jax.interop.taming_options import (
     values,
 )
 from vqgan_jax.interop.taming_yaml import config_from_yaml, reference_class, yaml_from_config
+from vqgan_jax.training.learner import sequence_length
 
 _CLASS = "Net2NetTransformer"
 _GPT = "taming.modules.transformer.mingpt.GPT"
-_LABELATOR = "taming.modules.util.Labelator"
-_NO_LOSS = "taming.modules.losses.vqperceptual.DummyLoss"
-_UNCONDITIONAL = "__is_unconditional__"
-_SUPPORTED_CONDITIONS = (
-    f"supported are a start token ({_UNCONDITIONAL}, SOSProvider) and classes (Labelator)"
-)
-_OTHER_CONDITIONS = {
-    "VQModel": "an image of another kind",
-    "VQSegmentationModel": "a segmentation",
-    "GumbelVQ": "an image of another kind",
-    "CoordStage": "a picture's coordinates",
-    "DummyCondStage": "a scene's layout",
-}
 
 # an option of the reference -> (the key of ours, its type)
 _GPT_OPTIONS = {
@@ -66,8 +59,6 @@ _OPTIONS = {
 }
 _RATE = {"base_learning_rate": ("optimizer.base_learning_rate", float)}
 _BATCH = {"batch_size": ("training.batch_size", int)}
-_CLASSES = {"n_classes": ("condition.num_classes", int)}
-_START = {"sos_token": _OPTIONS["sos_token"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +66,16 @@ class TransformerDescription:
     """What the yaml of a transformer says.
 
     Attributes:
-        config: the transformer's, with codebook size, grid and classes.
+        config: the transformer's, with codebook size, grid and all that the condition needs.
         tokenizer: the config of its first stage.
+        of_conditions: the configs of the tokenizers of condition images, by name; `tokenizer`
+            itself where it is theirs too.
         vocab_size: tokens of the reference's table and head: the codes, and perhaps more.
     """
 
     config: ConfigDict
     tokenizer: ConfigDict
+    of_conditions: Mapping[str, ConfigDict]
     vocab_size: int
 
 
@@ -97,12 +91,12 @@ def is_transformer(project: Mapping) -> bool:
 def transformer_from_yaml(source: Mapping | str | os.PathLike) -> TransformerDescription:
     """The configs of a transformer and its tokenizer from the reference's description.
 
-    The grid is that of the first stage's resolution; where a sequence holds fewer codes, the square
-    that fills it.
+    The grid is that of the first stage's resolution; where a sequence holds fewer tokens, the
+    square of codes that fills it together with the condition.
 
     In the reference, codes and conditions are rows of one table (`config.condition.own_table` is
-    False). A start token or classes that are no codes, in a vocabulary larger than the codebook,
-    get a table of their own here: then only codes can be drawn.
+    False). Conditions with tokens that are no codes get a table of their own here: then only codes
+    can be drawn.
 
     Args:
         source: a yaml file or what is in it: a whole project, or the `model` part alone.
@@ -128,16 +122,16 @@ def transformer_from_yaml(source: Mapping | str | os.PathLike) -> TransformerDes
     vocab_size = number(gpt, "vocab_size", int)
     config.model.codebook_size = tokenizer.model.quantizer.codebook_size
     assign(config, params, _OPTIONS, "params")
-    _assign_condition(config, params)
-    _assign_table(config, vocab_size)
-    _assign_grid(config, tokenizer)
+    data = part(part(project, "data", "data", {}), "params", "data.params", {})
+    of_conditions = assign_condition(config, params, data, tokenizer)
+    _assign_grid(config, tokenizer, of_conditions)
+    assign_table(config, vocab_size)
     _check_gpt(config)
     assign(config, description, _RATE, "model")
-    data = part(project, "data", "data", {})
-    assign(config, part(data, "params", "data.params", {}), _BATCH, "data.params")
+    assign(config, data, _BATCH, "data.params")
     config.tokenizer.path = "tokenizer"  # within the export
     validate(config)
-    return TransformerDescription(config, tokenizer, vocab_size)
+    return TransformerDescription(config, tokenizer, of_conditions, vocab_size)
 
 
 def _require_row_order(params: Mapping) -> None:
@@ -174,68 +168,31 @@ def _gpt_options(params: Mapping) -> Mapping:
     return options
 
 
-def _assign_condition(config: ConfigDict, params: Mapping) -> None:
-    stage = params.get("cond_stage_config")
-    if stage == "__is_first_stage__":
-        raise ConversionError(
-            f"cond_stage_config is {stage}: an image as the condition is not supported; "
-            f"{_SUPPORTED_CONDITIONS}."
-        )
-    if stage == _UNCONDITIONAL or params.get("unconditional", False):
-        return
-    stage = part(params, "cond_stage_config", "cond_stage_config")
-    where = "cond_stage_config.params"
-    options = part(stage, "params", where, {})
-    name = class_name(stage)
-    if name == "SOSProvider":
-        assign(config, options, _START, where, required=set(_START))
-    elif name == "Labelator":
-        config.condition.kinds = ("class",)
-        assign(config, options, _CLASSES, where, required=set(_CLASSES))
-        if config.condition.num_classes < 1:
-            raise ConversionError(f"{where}.n_classes is {config.condition.num_classes}.")
-    else:
-        kind = _OTHER_CONDITIONS.get(name, "another thing")
-        raise ConversionError(
-            f"cond_stage_config.target is {stage.get('target')}: {kind} as the condition is not "
-            f"supported; {_SUPPORTED_CONDITIONS}."
-        )
-
-
-def _assign_table(config: ConfigDict, vocab_size: int) -> None:
-    """Decides whether conditions are rows of the codes' table, as in the reference."""
-    codes = config.model.codebook_size
-    if vocab_size < codes:
-        raise ConversionError(
-            f"transformer_config.params.vocab_size is {vocab_size}, and the first stage's n_embed "
-            f"{codes}: codes from {vocab_size} on would have no token."
-        )
-    if config.condition.kinds:
-        last, key = config.condition.num_classes - 1, "n_classes"
-    else:
-        last, key = config.condition.start_token, "sos_token"
-    if not 0 <= last < vocab_size:
-        raise ConversionError(
-            f"The yaml's {key} needs token {last}, and transformer_config.params.vocab_size is "
-            f"{vocab_size}: tokens go from 0 to {vocab_size - 1}."
-        )
-    config.condition.own_table = last >= codes
-
-
-def _assign_grid(config: ConfigDict, tokenizer: ConfigDict) -> None:
+def _assign_grid(
+    config: ConfigDict, tokenizer: ConfigDict, of_conditions: Mapping[str, ConfigDict]
+) -> None:
     length, resolution = config.model.max_length, tokenizer.model.resolution
     factor = downsampling_factor(tokenizer.model)
-    side = resolution // factor
-    if side**2 > length:
-        side = math.isqrt(max(length, 0))
-        if side == 0 or side**2 != length:
-            raise ConversionError(
-                f"transformer_config.params.block_size is {length}, which is neither enough for "
-                f"the {(resolution // factor) ** 2} codes of images of the first stage's "
-                f"resolution {resolution} nor a square of codes."
-            )
-        config.tokenizer.resolution = side * factor
-    config.model.grid = (side, side)
+    whole = resolution // factor
+    for side in range(whole, 0, -1):
+        config.model.grid = (side, side)
+        for name, other in of_conditions.items():
+            other_side, rest = divmod(side * factor, downsampling_factor(other.model))
+            if rest:
+                break
+            config.condition.images[name].grid = (other_side, other_side)
+        else:
+            # The last code is never put in, but descriptions may count it.
+            spare = length - sequence_length(config)
+            if spare in (0, 1) or (side == whole and spare >= 0):
+                config.tokenizer.resolution = 0 if side == whole else side * factor
+                return
+    kinds = " and ".join(("codes", *config.condition.kinds))
+    raise ConversionError(
+        f"transformer_config.params.block_size is {length}, which is neither enough for the "
+        f"{whole**2} codes of images of the first stage's resolution {resolution} with what stands "
+        f"in front nor what a smaller square of {kinds} needs."
+    )
 
 
 def _check_gpt(config: ConfigDict) -> None:
@@ -252,32 +209,29 @@ def _check_gpt(config: ConfigDict) -> None:
         )
 
 
-def yaml_from_transformer(config: ConfigDict, tokenizer: ConfigDict) -> dict:
-    """The reference's description of a transformer with its tokenizer, for a yaml file.
+def yaml_from_transformer(
+    config: ConfigDict, tokenizer: ConfigDict, of_conditions: Mapping[str, ConfigDict]
+) -> dict:
+    """The reference's description of a transformer with its tokenizers, for a yaml file.
 
     Raises:
         ConversionError: the reference has no such model.
     """
     _require_reference_form(config)
-    model, condition = config.model, config.condition
+    model = config.model
     if reference_class(tokenizer) == "VQSegmentationModel":
         raise ConversionError("The way back for a transformer of label maps is not supported.")
     first_stage = yaml_from_config(tokenizer)["model"]
-    first_stage["params"]["lossconfig"] = {"target": _NO_LOSS}  # it is not trained any more
+    first_stage["params"]["lossconfig"] = {"target": NO_LOSS}  # it is not trained any more
     sizes = {"vocab_size": model.codebook_size, **values(config, _GPT_OPTIONS)}
-    sizes["block_size"] = model.max_length or math.prod(model.grid)
+    sizes["block_size"] = model.max_length or sequence_length(config)
     params = {
         "first_stage_key": config.data.image_key,
         "pkeep": config.training.pkeep,
         "transformer_config": {"target": _GPT, "params": sizes},
         "first_stage_config": {key: first_stage[key] for key in ("target", "params")},
     }
-    if condition.kinds:
-        classes = {"target": _LABELATOR, "params": {"n_classes": condition.num_classes}}
-        params |= {"cond_stage_key": "class_label", "cond_stage_config": classes}
-    else:
-        start = 0 if condition.own_table else condition.start_token
-        params |= {"sos_token": start, "cond_stage_config": _UNCONDITIONAL}
+    params |= condition_options(config, downsampling_factor(tokenizer.model), of_conditions)
     options = config.optimizer
     rate = options.learning_rate / config.training.batch_size or options.base_learning_rate
     target = f"taming.models.cond_transformer.{_CLASS}"
@@ -301,8 +255,3 @@ def _require_reference_form(config: ConfigDict) -> None:
                 f"The reference's GPT has no config.model.{key}={model[key]} (only "
                 f"{supported[-1]}): this transformer cannot be written in its form."
             )
-    if config.condition.kinds and config.condition.own_table:
-        raise ConversionError(
-            "In the reference, classes are tokens of the codes' table; this transformer has a "
-            "table for them (config.condition.own_table) and cannot be written in its form."
-        )
