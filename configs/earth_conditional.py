@@ -8,6 +8,9 @@ Of land cover (`:segmentation`), of shaded relief (`:relief`, with the tokenizer
 `configs/earth_f8.py:relief`) or of the picture itself at a quarter of its size
 (`:super_resolution`, which takes `--conditions=low_resolution:4=runs/earth_f8`). The tokenizers are
 those of `configs/earth_f8.py`; a window of 16x16 codes is 128 pixels.
+
+Only 90 steps of `:segmentation` were tried, and the last command was stopped before its end: this
+project has no trained model of these.
 """  # noqa: E501
 
 from vqgan_jax.configuration import (

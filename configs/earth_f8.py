@@ -6,6 +6,11 @@
 
 Trained on crops of 64 pixels; being convolutional, they take images of any size. Of
 `:segmentation`, the 17 classes of land cover, binary cross-entropy and no discriminator.
+
+The first command was run to its end: PSNR 26.3 dB, SSIM 0.60, LPIPS (AlexNet) 0.136, 57 % of the
+codes in use on 43 unseen tiles. Of `:segmentation` only 260 steps were tried, after which 5 % of
+the codes were in use and 30 % of the pixels right: it does not learn well yet. `:relief` was not
+tried.
 """  # noqa: E501
 
 from vqgan_jax.configuration import parse_argument, tokenizer_config
