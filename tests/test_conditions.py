@@ -14,7 +14,7 @@ import transformer_runs as stage2
 import vqgan_jax
 from transformer_runs import CODEBOOK, SIDE, assert_one_line, tiny_config
 from vqgan_jax.conditions.coordinates import coordinate_tokens
-from vqgan_jax.conditions.kinds import ClassLabel, Conditions, Coordinates, ImageCodes
+from vqgan_jax.conditions.kinds import ClassLabel, Conditions, Coordinates, Stored
 from vqgan_jax.configuration import ConfigError, add_condition_image
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.sample import sample
@@ -26,7 +26,7 @@ LABELS = 3
 
 # ---- From batches to tokens.
 
-KINDS = (Coordinates("coordinates", (2, 2), 5), ImageCodes("edges", (1, 2), 7), ClassLabel(3))
+KINDS = (Coordinates("coordinates", (2, 2), 5), Stored("edges", (1, 2), 7), ClassLabel(3))
 BATCH = {
     "label": np.array([2, -1], np.int32),
     "edges": np.array([[6, 0], [3, 4]], np.int32),

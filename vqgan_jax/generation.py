@@ -206,14 +206,19 @@ class Generator:
         return codes.reshape(len(codes), -1)
 
     def condition_pictures(self, rows: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """What condition images look like that a batch of codes has, `(B, H, W, 3)` uint8 each.
+        """What the conditions of a batch of codes look like, `(B, H, W, 3)` uint8 each; no class.
 
-        As their tokenizers decode them: what the transformer knows of them.
+        Images are as their tokenizers decode them: what the transformer knows of them.
         """
         pictures = []
-        for name, tokenizer in self.of_conditions.items():
-            codes = np.asarray(rows[name]).reshape(-1, *self.config.condition.images[name].grid)
-            pictures.append(to_rgb(tokenizer, tokenizer.decode(codes)))
+        for kind in self._conditions.kinds:
+            if kind.name in self.of_conditions:
+                tokenizer = self.of_conditions[kind.name]
+                codes = np.asarray(rows[kind.name]).reshape(-1, *kind.shape)
+                pictures.append(to_rgb(tokenizer, tokenizer.decode(codes)))
+            elif kind.name != "class":
+                size = self.size_of(self.config.model.grid)
+                pictures.append(np.stack([kind.picture(t, *size) for t in rows[kind.name]]))
         return pictures
 
     def settings(

@@ -57,7 +57,7 @@ class ClassLabel:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Tokens that come with the batch under the kind's own name."""
+    """Tokens that come with the batch under the kind's own name: the codes of a condition image."""
 
     name: str
     shape: tuple[int, ...]
@@ -69,19 +69,17 @@ class Stored:
         return tokens.reshape(len(tokens), -1)
 
 
-class ImageCodes(Stored):
-    """Codes of an image of another kind, by a tokenizer of its own: `(rows, columns)`."""
-
-
 class Coordinates(Stored):
     """Where in the whole image each code lies: one token a code.
 
     There is one token more than intervals, see `coordinates.coordinate_tokens`.
     """
 
-    def picture(self, tokens: np.ndarray, factor: int) -> np.ndarray:
-        """Tokens `(rows, columns)` -> uint8 `(rows * factor, columns * factor, 3)`."""
-        return draw_coordinates(np.asarray(tokens), factor, self.vocabulary - 1)
+    def picture(self, tokens: np.ndarray, height: int, width: int) -> np.ndarray:
+        """Tokens `(n,)` -> from black to white, uint8 `(height, width, 3)`."""
+        del width
+        factor = height // self.shape[0]
+        return draw_coordinates(tokens.reshape(self.shape), factor, self.vocabulary - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +103,9 @@ class SceneLayout:
         """As `LayoutEncoding.encode` made them."""
         return jnp.asarray(batch[self.name], jnp.int32)
 
-    def picture(self, tokens: np.ndarray, height: int, width: int, names=()) -> np.ndarray:
+    def picture(self, tokens: np.ndarray, height: int, width: int) -> np.ndarray:
         """Tokens `(n,)` -> the boxes, uint8 `(height, width, 3)`."""
-        return draw_layout(self.encoding.decode(np.asarray(tokens)), height, width, names)
+        return draw_layout(self.encoding.decode(tokens), height, width)
 
 
 def make_kinds(condition: ConfigDict, grid: tuple[int, int]) -> tuple[Condition, ...]:
@@ -123,13 +121,12 @@ def _make_kind(name: str, condition: ConfigDict, grid: tuple[int, int]) -> Condi
     if name == "layout":
         return SceneLayout(layout_encoding(condition.layout))
     image = condition.images[name]
-    return ImageCodes(name, tuple(image.grid), image.codebook_size)
+    return Stored(name, tuple(image.grid), image.codebook_size)
 
 
 def layout_encoding(layout: ConfigDict) -> LayoutEncoding:
     """The encoding that `config.condition.layout` describes."""
-    fields = {field.name for field in dataclasses.fields(LayoutEncoding)}
-    return LayoutEncoding(**{k: v for k, v in layout.to_dict().items() if k in fields})
+    return LayoutEncoding(**layout.to_dict())
 
 
 @dataclasses.dataclass(frozen=True)
