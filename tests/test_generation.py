@@ -17,6 +17,7 @@ import transformer_runs as stage2
 import vqgan_jax
 from transformer_runs import CLASSES, CODEBOOK, GRID, assert_one_line
 from vqgan_jax.data.errors import DataError
+from vqgan_jax.drawing import Drawing
 from vqgan_jax.generation import Generator
 from vqgan_jax.reconstruct import reconstruct
 from vqgan_jax.sample import labelled_grid, sample
@@ -59,6 +60,15 @@ def test_images_are_those_of_the_codes(generator):
     expected = np.round((decoded + 1) * 127.5)
     assert np.abs(generator.sample(5, 5, **options) - expected).max() <= 1
     assert generator.sample(5, 5, height=16, width=16, **options).shape == (5, 16, 16, 3)
+
+
+def test_of_large_images_as_many_windows_as_of_small_ones_are_drawn_at_a_time(generator):
+    rows, columns = GRID
+
+    def batch_size(times):
+        return Drawing(generator, (rows, times * columns), {}, {}).batch_size
+
+    assert [batch_size(times) for times in (1, 2, 8, 100)] == [16, 8, 2, 1]
 
 
 def test_a_sample_depends_on_its_number_and_not_on_the_batch(generator):

@@ -14,6 +14,7 @@ from vqgan_jax.data.errors import DataError
 from vqgan_jax.training.progress import format_duration
 
 FRAMES, REPORT_SECONDS = 40, 10.0
+WINDOWS = 16  # of the transformer, at a time
 
 
 class Drawing:
@@ -35,6 +36,12 @@ class Drawing:
     def slides(self) -> bool:
         """Whether images are larger than those of the training."""
         return self.grid != tuple(self.generator.config.model.grid)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples at once on a device, so that `WINDOWS` windows are drawn from at a time."""
+        in_flight = -(-self.grid[1] // self.generator.config.model.grid[1])
+        return max(1, WINDOWS // in_flight)
 
     def complete(self, path: str, keep: str) -> None:
         """Keeps a part of an image, exactly in codes; see `read_known_part`."""

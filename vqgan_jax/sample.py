@@ -47,7 +47,7 @@ def sample(
     num_samples: int,
     classes: Sequence[str] = (),
     formats: Sequence[str] = ("png", "grid"),
-    batch_size: int = 16,
+    batch_size: int | None = None,
     seed: int = 0,
     height: int | None = None,
     width: int | None = None,
@@ -65,7 +65,8 @@ def sample(
         num_samples: how many there shall be.
         classes: of the samples in turn, by name or number; empty for all of the model.
         formats: of "png", "grid" and "npz".
-        batch_size: samples at once on each device.
+        batch_size: samples at once on each device; None for 16, of large images as many as draw 16
+            windows at a time.
         seed: of the noise.
         height: of the images in pixels; None as in training.
         width: the same.
@@ -87,7 +88,7 @@ def sample(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise DataError(f"--format is {','.join(formats)}; it takes {', '.join(FORMATS)}.")
-    if num_samples < 1 or batch_size < 1:
+    if num_samples < 1 or (batch_size is not None and batch_size < 1):
         raise DataError("--num_samples and --batch_size must be at least 1.")
     generator = load(checkpoint)
     if not isinstance(generator, Generator):
@@ -132,7 +133,7 @@ def sample(
 
     of_sample = None if labels is None else labels[np.arange(num_samples) % len(labels)]
     if "png" in formats or stored_samples(output / ARRAYS) != num_samples:
-        draw_missing(drawing, output, num_samples, batch_size, animate)
+        draw_missing(drawing, output, num_samples, batch_size or drawing.batch_size, animate)
         multihost_utils.sync_global_devices("sample: drawn")
         if jax.process_index() == 0:
             finish(generator, output, num_samples, of_sample, formats)
@@ -175,9 +176,12 @@ def draw_missing(drawing, output, num_samples, batch_size, animate) -> None:
     """Draws the batches of which a PNG is missing, those of this process.
 
     Batches are always the same ones: a sample that is drawn again has the same neighbours, and so
-    the same rounding.
+    the same rounding. They are of one size, and as few places as can be are left over in the last.
     """
-    size = batch_size * jax.local_device_count()
+    devices = jax.local_device_count()
+    count = math.ceil(num_samples / (batch_size * devices))
+    batch_size = math.ceil(num_samples / (count * devices))
+    size = batch_size * devices
     batches = [
         np.arange(first, min(first + size, num_samples)) for first in range(0, num_samples, size)
     ]
@@ -325,7 +329,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer("num_samples", 64, "How many images there shall be.")
     flags.DEFINE_list("class", [], "Their classes in turn, by name or number; all by default.")
     flags.DEFINE_list("format", ["png", "grid"], f"Of {', '.join(FORMATS)}.")
-    flags.DEFINE_integer("batch_size", 16, "Samples at once on each device.")
+    flags.DEFINE_integer(
+        "batch_size", None, "Samples at once on each device; 16, and fewer of large images."
+    )
     flags.DEFINE_integer("seed", 0, "Of the noise.")
     flags.DEFINE_float("temperature", None, "Below 1: likelier codes; 0 takes the likeliest.")
     flags.DEFINE_integer("top_k", None, "Draw from so many likeliest codes; 0 for all.")
