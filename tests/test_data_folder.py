@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from vqgan_jax.data.errors import DataError, UnreadableImage
-from vqgan_jax.data.sources import open_source
+from vqgan_jax.data.sources import Feature, open_source
 
 
 def write(path, value=0):
@@ -88,7 +88,7 @@ def test_features_are_in_folders_of_their_own(tmp_path):
     (tmp_path / "relief" / "notes.txt").write_text("no picture")
     write(tmp_path / "relief/train/dog/unused.png", 9)
     name = f"folder:{tmp_path}"
-    source = open_source(name, "train", features={"relief": False})
+    source = open_source(name, "train", features={"relief": Feature.PICTURE})
     assert values(source) == [3, 0, 1] and source.class_names == ("cat", "dog")
     source = pickle.loads(pickle.dumps(source))
     for i, value in enumerate((103, 100, 101)):
@@ -113,7 +113,7 @@ def test_a_picture_that_a_feature_lacks_is_named(tmp_path):
     assert "\n" not in str(error.value)
     write(tmp_path / "val/c.png")
     with pytest.raises(DataError, match="there is no folder .*relief/val"):
-        open_source(name, "validation", features={"relief": False})
+        open_source(name, "validation", features={"relief": Feature.PICTURE})
 
 
 def test_classes_with_folders_of_other_names_are_no_features(tmp_path):

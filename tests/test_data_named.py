@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vqgan_jax.data.errors import DataError, UnreadableImage
-from vqgan_jax.data.sources import open_source
+from vqgan_jax.data.sources import Feature, open_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3)).astype(np.uint8)
 
@@ -76,7 +76,7 @@ def test_other_features(data_dir):
 
 
 def test_features_are_read_beside_the_image(data_dir):
-    features = {"depth": True}
+    features = {"depth": Feature.LABEL_MAP}
     source = open_source("tiny_photographs", "train", data_dir, features=features)
     source = pickle.loads(pickle.dumps(source))
     read = 0
@@ -89,7 +89,7 @@ def test_features_are_read_beside_the_image(data_dir):
         read += 1
     assert read == 6 and source.describe(2, "depth") == "tiny_photographs train[2] depth"
     with pytest.raises(DataError, match="can be conditions are depth, image; .* no 'normals'"):
-        open_source("tiny_photographs", "train", data_dir, features={"normals": False})
+        open_source("tiny_photographs", "train", data_dir, features={"normals": Feature.PICTURE})
 
 
 def test_missing_split_lists_those_there_are(data_dir):

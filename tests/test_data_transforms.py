@@ -41,10 +41,14 @@ def test_webp_and_path(tmp_path):
     np.testing.assert_array_equal(decode_image(tmp_path / "a.webp"), COLOURS)
 
 
-def test_sixteen_bits_become_eight():
-    grey = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
-    decoded = decode_image(encoded(Image.fromarray(grey)))
-    assert decoded[0, :, 0].tolist() == [0, 1, 128, 255] and decoded.shape == (1, 4, 3)
+@pytest.mark.parametrize("dtype", [np.uint16, ">u2", np.int32, np.float32])
+def test_more_than_eight_bits_fill_the_range(dtype):
+    """Each image by itself: a depth of 800 to 4880 millimetres, say."""
+    depth = np.array([[800, 816, 2848, 4880]], dtype)
+    decoded = decode_image(encoded(Image.fromarray(depth), format="TIFF"))
+    assert decoded[0].tolist() == [[level] * 3 for level in (0, 1, 128, 255)]
+    if depth.dtype == np.uint16:
+        np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(depth))), decoded)
 
 
 def test_transparency_shows_white():
@@ -71,8 +75,8 @@ def test_damage_is_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UnreadableImage, match=name):
             decode_image(tmp_path / name)
-    floats = Image.fromarray(np.ones((4, 4), np.float32))
-    with pytest.raises(UnreadableImage, match="32-bit"):
+    floats = Image.fromarray(np.full((4, 4), np.nan, np.float32))
+    with pytest.raises(UnreadableImage, match="16 values that are not finite"):
         decode_image(encoded(floats, format="TIFF"))
 
 

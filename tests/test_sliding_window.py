@@ -41,14 +41,24 @@ class Model:
         self.compiled = {}
 
     def sample(
-        self, parts, codes, mask=None, filters=GREEDY, steps=None, lag=None, indices=None, **options
+        self,
+        parts,
+        codes,
+        mask=None,
+        filters=GREEDY,
+        steps=None,
+        lag=None,
+        indices=None,
+        middle=None,
+        **options,
     ):
         """`sample_steps`; `steps` are the first and how many."""
         batch, height, width = codes.shape
         count = num_steps(height, width, self.window[1] if lag is None else lag)
         mask = np.zeros(codes.shape, bool) if mask is None else mask
         sample = self.compiled.setdefault(
-            lag, jax.jit(functools.partial(sample_steps, self.transformer, lag=lag))
+            (lag, middle),
+            jax.jit(functools.partial(sample_steps, self.transformer, lag=lag, middle=middle)),
         )
         indices = np.arange(batch) if indices is None else indices
         first, count = steps or (0, count)
@@ -57,26 +67,28 @@ class Model:
             sample(self.params, parts, key, indices, filters, codes, mask, first, count, **options)
         )
 
-    def by_the_rule(self, parts, codes, mask, null=None, scales=None):
+    def by_the_rule(self, parts, codes, mask, null=None, scales=None, middle=None):
         """Greedy codes, one full forward pass over the window for each."""
+        middle = middle or tuple(size // 2 for size in self.window)
         (window_rows, window_columns), (_, height, width) = self.window, codes.shape
         codes = codes.copy()
 
-        def offset(i, size, window):
-            center = window // 2
+        def offset(i, size, window, center):
             if i <= center:
                 return i
             return window - (size - i) if size - i < window - center else center
 
         for i, j in np.ndindex(height, width):
-            row, column = offset(i, height, window_rows), offset(j, width, window_columns)
+            row = offset(i, height, window_rows, middle[0])
+            column = offset(j, width, window_columns, middle[1])
             within = np.s_[
                 :,
                 i - row : i - row + window_rows,
                 j - column : j - column + window_columns,
             ]
 
-            def predict(parts, within=within, row=row, column=column):
+            def predict(parts, within=within, row=row, column=column, place=(i - row, j - column)):
+                parts = [p[:, *place] if p.ndim == 4 else p for p in parts]
                 flat = [p[within].reshape(len(p), -1) if p.ndim == 3 else p for p in parts]
                 seen = codes[within].reshape(len(codes), -1)
                 logits = self.apply({"params": self.params}, np.concatenate(flat, axis=1), seen)
@@ -182,6 +194,29 @@ def test_a_grid_of_the_windows_size_is_that_of_cached_decoding(reference):
     np.testing.assert_array_equal(drawn.reshape(3, -1), expected)
 
 
+@pytest.mark.parametrize("middle", [(1, 2), (3, 0)])
+def test_any_code_of_the_window_can_be_its_middle(reference, middle):
+    """Among them the earlier one of the two in the middle, as scenes with a layout have it."""
+    parts, codes, mask = inputs(2, 7, 11)
+    drawn = reference.sample(parts, codes, mask, middle=middle)
+    rule = reference.by_the_rule(parts, codes, mask, middle=middle)
+    np.testing.assert_array_equal(drawn, rule)
+    assert np.any(rule != reference.by_the_rule(parts, codes, mask))
+
+
+def test_tokens_of_each_window(reference):
+    """25 tokens for each of the window's 4 x 6 places over a grid of 7 x 11."""
+    _, codes, mask = inputs(2, 7, 11)
+    own = np.random.default_rng(1).integers(0, CODES, (2, 4, 6, 25)).astype(np.int32)
+    scales = np.linspace(1.0, 3.0, 77, dtype=np.float32).reshape(7, 11)
+    null = [np.zeros_like(own)]
+    drawn = reference.sample([own], codes, mask, null_conditions=null, scales=scales)
+    rule = reference.by_the_rule([own], codes, mask, null, scales)
+    np.testing.assert_array_equal(drawn, rule)
+    same = np.broadcast_to(own[:, :1, :1], own.shape)
+    assert np.any(rule != reference.by_the_rule([same], codes, mask, null, scales))
+
+
 @pytest.mark.parametrize("known", ["top", "left", "middle", "all"])
 def test_completion_keeps_what_is_given(reference, known):
     parts, codes, _ = inputs(2, 9, 14)
@@ -218,7 +253,7 @@ def test_steps_draw_what_they_say_and_compile_once(lag):
     assert np.sum(codes != whole, axis=(1, 2)).max() <= 1
     codes = model.sample(parts, codes, lag=lag, steps=(first, 25))
     np.testing.assert_array_equal(codes, whole)
-    assert model.compiled[lag]._cache_size() == 1
+    assert model.compiled[lag, None]._cache_size() == 1
 
 
 def test_devices_draw_their_own_samples_without_each_other(reference):
@@ -252,6 +287,52 @@ def test_devices_draw_their_own_samples_without_each_other(reference):
     np.testing.assert_array_equal(drawn, expected)
 
 
+def test_conditions_of_larger_and_smaller_tokens_are_those_below_the_window():
+    """Of 2 x 2 codes each and of half a code; some windows begin within one of the larger."""
+    transformer = Transformer(
+        codebook_size=CODES,
+        grid=(2, 4),
+        num_conditions=1 * 2 + 4 * 8,
+        condition_size=0,
+        max_length=41,
+        num_layers=2,
+        num_heads=4,
+        width=32,
+        **REFERENCE,
+    )
+    random = np.random.default_rng(0)
+    coarse, fine = (random.integers(0, CODES, (2, *s)).astype(np.int32) for s in ((2, 3), (8, 12)))
+    codes = random.integers(0, CODES, (2, 4, 6)).astype(np.int32)
+    mask = random.random(codes.shape) < 0.5  # known codes make the rest more various
+    tokens = np.zeros((2, 34), np.int32)
+    params = random_params(transformer, tokens, tokens[:, :8])
+    params["code_embedding"]["embedding"] *= 5.0  # single tokens have a say among many
+    sample = jax.jit(functools.partial(sample_steps, transformer))
+
+    def draw(coarse, fine):
+        rest = jax.random.key(0), np.arange(2), GREEDY, codes, mask, 0, num_steps(4, 6, 4)
+        return np.asarray(sample(params, [coarse, fine], *rest))
+
+    apply, expected = jax.jit(transformer.apply), codes.copy()
+    for i, j in np.ndindex(4, 6):
+        top, left = np.clip([i - 1, j - 2], 0, 2)
+        given = [
+            coarse[:, top // 2 :, left // 2 :][:, :1, :2],
+            fine[:, 2 * top :, 2 * left :][:, :4, :8],
+        ]
+        given = np.concatenate([part.reshape(2, -1) for part in given], axis=1)
+        seen = expected[:, top:, left:][:, :2, :4].reshape(2, -1)
+        logits = apply({"params": params}, given, seen)[:, 4 * (i - top) + j - left]
+        expected[:, i, j] = np.where(mask[:, i, j], codes[:, i, j], np.argmax(logits, axis=-1))
+    np.testing.assert_array_equal(draw(coarse, fine), expected)
+    assert len(np.unique(expected[~mask])) > CODES // 4
+    assert np.any(draw(coarse[:, ::-1], fine) != expected)
+    assert np.any(draw(coarse, fine[:, :, ::-1]) != expected)
+    for grid, words in (((4, 4), "one must be a multiple"), ((1, 3), "whole tokens of the cond")):
+        with pytest.raises(ValueError, match=words):
+            draw(np.zeros((2, *grid), np.int32), fine)
+
+
 def test_what_cannot_be_is_said(reference):
     (grid, label), codes, mask = inputs(1, 6, 8)
     sample = functools.partial(reference.sample, [grid, label], codes, mask)
@@ -262,5 +343,10 @@ def test_what_cannot_be_is_said(reference):
         sample(lag=5)
     with pytest.raises(ValueError, match="24 tokens a window; the transformer was made for 25"):
         reference.sample([grid], codes)
+    with pytest.raises(ValueError, match=r"middle is \(4, 2\), outside of the window of 4x6 codes"):
+        sample(middle=(4, 2))
+    places = np.zeros((1, 3, 2, 25), np.int32)
+    with pytest.raises(ValueError, match="tokens for 3x2 places of the window; there are 3x3"):
+        reference.sample([places], codes)
     with pytest.raises(ValueError, match=r"grid has shape \(1, 6, 7\); the codes' is \(1, 6, 8\)"):
         sample(null_conditions=[grid[:, :, 1:], label], scales=jnp.ones((6, 8)))

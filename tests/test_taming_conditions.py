@@ -281,7 +281,6 @@ def coordinates(**params):
             depth(cond_stage_config=stage_of(second_stage(codebook_size=64))),
             "cond_stage_config.params.n_embed needs token 63, and transformer_config",
         ),
-        (depth(permuter_config={"target": "x.ZCurve"}), "permuter_config.target is x.ZCurve"),
         (coordinates(down_factor=2), "lacks cond_stage_config.params.n_embed"),
         (coordinates(n_embed=0), "n_embed is 0"),
         (coordinates(n_embed=49), "n_embed needs token 48"),

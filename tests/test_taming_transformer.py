@@ -295,7 +295,6 @@ MINGPT = "taming.modules.transformer.mingpt."
         ({"cond_stage_config": {"target": "x.Else"}}, "target is x.Else, which is not supported"),
         ({"cond_stage_config": None}, "cond_stage_config is missing"),
         ({"cond_stage_config": LABELATOR | {"params": {}}}, "lacks cond_stage_config.params.n_cl"),
-        ({"permuter_config": {"target": "x.ZCurve"}}, "permuter_config.target is x.ZCurve"),
         ({"transformer_config": {"target": f"{MINGPT}CodeGPT"}}, "CodeGPT; only taming"),
         ({"first_stage_config": {"target": "x.KMeans", "params": {}}}, "In first_stage_config"),
         ({"first_stage_config": {"target": "x.VQSegmentationModel"}}, "label maps"),
@@ -338,7 +337,6 @@ def test_weights_that_do_not_fit_are_named():
     bias = "first_stage_model.quant_conv.bias"
     assert "In first_stage_model: The weights do not fit" in problem(**{bias: None})
     assert "condition stage with weights" in problem(**{"cond_stage_model.x": np.zeros(2)})
-    assert "permuter.*" in problem(**{"permuter.forward_shuffle_idx": np.zeros(36)})
     assert "unknown tensors: ema.x" in problem(**{"ema.x": np.zeros(2)})
     with pytest.raises(ConversionError, match=r"no tensors transformer\.\*; it has weight"):
         transformer_state_dict_of({"weight": np.zeros(2)})

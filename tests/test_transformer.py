@@ -31,8 +31,8 @@ FORMS = {"reference": REFERENCE, "modern": MODERN}
 
 
 def tiny_transformer(**fields):
-    fields = dict(condition_size=6, num_conditions=1, num_heads=4, width=32) | fields
-    return Transformer(codebook_size=24, grid=GRID, max_length=20, num_layers=3, **fields)
+    fields = dict(condition_size=6, num_conditions=1, num_heads=4, width=32, grid=GRID) | fields
+    return Transformer(codebook_size=24, max_length=20, num_layers=3, **fields)
 
 
 def inputs(batch=2, num_conditions=1, seed=0):
@@ -99,12 +99,14 @@ def test_a_code_depends_on_those_before_it_only(form):
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
-@pytest.mark.parametrize("num_conditions", [1, 4])
+@pytest.mark.parametrize(
+    ("num_conditions", "order"), [(1, "row_major"), (4, "row_major"), (4, "random")]
+)
 @pytest.mark.parametrize("form", FORMS)
-def test_cached_decoding_is_the_full_forward_pass(form, num_conditions, guided):
+def test_cached_decoding_is_the_full_forward_pass(form, num_conditions, order, guided):
     unmasked = num_conditions if num_conditions > 1 else 0
     transformer = tiny_transformer(
-        **FORMS[form], num_conditions=num_conditions, num_unmasked=unmasked
+        **FORMS[form], num_conditions=num_conditions, num_unmasked=unmasked, order=order
     )
     conditions, codes = inputs(num_conditions=num_conditions)
     params = random_params(transformer, conditions, codes)

@@ -88,7 +88,7 @@ def _convert_transformer(checkpoint_file: Path, project: Mapping, output: Path) 
     print(f"Read Net2NetTransformer from {checkpoint_file}:")
     print(f"  parameters     {converted.parameters:,}")
     print(f"  form           {_form(model)}")
-    print(f"  grid           {model.grid[0]}x{model.grid[1]} codes")
+    print(f"  grid           {_grid(model)}")
     print(f"  condition      {_condition(config.condition)}")
     if others:
         print(f"  vocabulary     {codes:,} codes; {others:,} tokens that are none are never drawn")
@@ -165,6 +165,7 @@ def _convert_transformer_back(
     print(f"Wrote Net2NetTransformer of {source} to {output}:")
     print(f"  tensors        {len(state_dict)}")
     print(f"  form           {_form(config.model)}")
+    print(f"  grid           {_grid(config.model)}")
     print(f"  condition      {_condition(config.condition)}")
     print(f"  tokenizer      {reference_class(tokenizer)} f{downsampling_factor(tokenizer.model)}")
     for name, own in configs.items():
@@ -184,6 +185,10 @@ def _write(state_dict: Mapping, description: Mapping, output: Path, description_
 
 def _form(model: ConfigDict) -> str:
     return f"{model.num_layers} layers of {model.width} channels, {model.num_heads} heads"
+
+
+def _grid(model: ConfigDict) -> str:
+    return f"{model.grid[0]}x{model.grid[1]} codes in the order {model.order}"
 
 
 def _tokenizer(report: taming.Report, config: ConfigDict) -> str:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vqgan_jax.conditions.given import Condition, GivenConditions
 from vqgan_jax.conditions.kinds import Conditions
 from vqgan_jax.inference import Tokenizer
+from vqgan_jax.models.orders import ROW_MAJOR
 from vqgan_jax.models.tiled_decoding import decode_codes
 from vqgan_jax.sampling.decoding import sample_codes
 from vqgan_jax.sampling.filters import Filters
@@ -53,6 +54,9 @@ class Generator:
         self.class_names = config.condition.class_names
         self._transformer = make_transformer(config)
         self._conditions = Conditions.from_config(config)
+        # Of the two in the middle of a window, the reference's scenes have the earlier code there.
+        later = 0 if "layout" in config.condition.kinds else 1
+        self._middle = tuple((size - 1 + later) // 2 for size in config.model.grid)
         devices = jax.local_devices()
         mesh = jax.make_mesh(
             (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
@@ -159,6 +163,8 @@ class Generator:
             ValueError: an option cannot be.
         """
         grid = self.grid(height, width)
+        if on_progress is not None:
+            self.check_window("pictures of images as they form")
         _check(num_samples >= 1, f"num_samples is {num_samples}; it must be at least 1.")
         settings = self.settings(temperature, top_k, top_p, guidance_scale, guidance_schedule)
         if rows is None:
@@ -259,14 +265,14 @@ class Generator:
         return found
 
     def log_likelihood(self, codes: np.ndarray, condition: Condition = None) -> np.ndarray:
-        """The logarithm of each code's probability given those before it, in nats.
+        """The logarithm of each code's probability given those before it in the model's order.
 
         Args:
             codes: `(B, N)` or, as a tokenizer gives them, `(B, h, w)` integers.
             condition: as of `sample_codes`.
 
         Returns:
-            `(B, N)` float32.
+            `(B, N)` float32, in nats, row by row.
 
         Raises:
             ValueError: they are not codes of this model's grid.
@@ -301,20 +307,33 @@ class Generator:
         """Rows and columns of codes of an image with these sides in pixels; None as in training.
 
         Raises:
-            ValueError: the image would be smaller than the training's, or of broken codes.
+            ValueError: the image would be smaller than the training's, or of broken codes, or it
+                would be larger and the model's order of codes is none for larger images.
         """
         factor, sizes = self.tokenizer.factor, []
+        step = math.lcm(factor, *(own.factor for own in self.of_conditions.values()))
         for name, asked, window in zip(
             ("height", "width"), (height, width), self.config.model.grid, strict=True
         ):
             pixels = asked or window * factor
             _check(
-                pixels % factor == 0 and pixels >= window * factor,
-                f"{name} is {pixels}; it must be a multiple of {factor} pixels and at least "
+                pixels % step == 0 and pixels >= window * factor,
+                f"{name} is {pixels}; it must be a multiple of {step} pixels and at least "
                 f"{window * factor}, the size of the images that the model was trained on.",
             )
             sizes.append(pixels // factor)
+        if tuple(sizes) != tuple(self.config.model.grid):
+            self.check_window("images larger than those of the training")
         return tuple(sizes)
+
+    def check_window(self, what: str) -> None:
+        """Raises `ValueError` where codes cannot be drawn through a window, which `what` needs."""
+        order = self.config.model.order
+        _check(
+            order == ROW_MAJOR,
+            f"{what} are drawn through a sliding window, which needs a model of the order "
+            f"{ROW_MAJOR}; this model's order of codes is {order} (config.model.order).",
+        )
 
     def size_of(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Height and width in pixels of an image of `grid` codes."""
@@ -385,6 +404,7 @@ class Generator:
             count,
             null,
             scales,
+            middle=self._middle,
         )
 
     def _decode_rows(self, variables, codes):

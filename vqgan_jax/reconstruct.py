@@ -237,7 +237,7 @@ def make_reconstruction(tokenizer: Tokenizer, lpips: dict | None) -> Callable:
     num_labels = tokenizer.config.data.num_labels
 
     def on_device(variables, lpips, raw):
-        images = prepare_images(game.config.data, raw)
+        images = prepare_images(game.config, raw)
         reconstructions, quantized = game.tokenizer.apply(variables, images)
         figures = reconstruction_figures(game, lpips, images, reconstructions)
         if num_labels:

@@ -109,6 +109,8 @@ def sample(
     try:
         options = generator.settings(**options)
         grid = generator.grid(height, width)
+        if animate:
+            generator.check_window("pictures of images as they form (--animate)")
         # What does not fit ends here: as a trial the first of each, and the size of all.
         generator.given.batch({kind: values[0] for kind, values in given.items()} or None, 1, grid)
         for kind in condition.images.keys() & given.keys():

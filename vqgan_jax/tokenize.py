@@ -8,7 +8,9 @@
 `--conditions=segmentation=PATH,edges=PATH,low_resolution:4=PATH,coordinates=1024` also writes the
 tokens of what a transformer is to be conditioned on, each image through the tokenizer at its path.
 `edges` and `low_resolution` (here four times smaller) are made from the images themselves,
-`coordinates` (here in 1024 intervals) say where in its image a crop lies; any other name is that of
+`coordinates` (here in 1024 intervals) say where in its image a crop lies; `skeleton` is drawn of
+the data set's keypoints; `layout=CONFIG` are its objects, encoded as that transformer's config file
+says, as in `layout=configs/transformer_conditional.py:coco_scenes`; any other name is that of
 another feature of the data set.
 
 Each split gets a directory of its own below the output, as in `codes/earth/train`. The same command
@@ -18,7 +20,6 @@ not depend on how many processes and devices made them.
 """
 
 import contextlib
-import dataclasses
 import math
 import pathlib
 import time
@@ -38,13 +39,18 @@ from vqgan_jax.data.augmentations import AllViews, list_views
 from vqgan_jax.data.code_manifest import CodesInfo
 from vqgan_jax.data.code_report import print_info, verify
 from vqgan_jax.data.code_writer import CodeWriter, ShardImages
-from vqgan_jax.data.condition_sources import DERIVED, ConditionImage, Coordinates
 from vqgan_jax.data.elements import ReadTransformed
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.pipeline import DamageCount, Prefetched, open_reader, read_batches
 from vqgan_jax.data.transforms import evaluation_transform
 from vqgan_jax.inference import Tokenizer, load_tokenizer
-from vqgan_jax.training.encoding import HostEncoder, describe_condition, encode_batches
+from vqgan_jax.stored_conditions import ConditionTokens, open_condition
+from vqgan_jax.training.encoding import (
+    HostEncoder,
+    check_channels,
+    describe_condition,
+    encode_batches,
+)
 from vqgan_jax.training.progress import Progress
 from vqgan_jax.training.stopping import Preempted, StopSignal
 
@@ -81,7 +87,7 @@ def tokenize(
         batch_size: images that go through a device together.
         images_per_shard: of all shards but the last.
         conditions: whose tokens are written too, each as in the flag: "NAME=TOKENIZER",
-            "low_resolution:SCALE=TOKENIZER" or "coordinates=INTERVALS".
+            "low_resolution:SCALE=TOKENIZER", "coordinates=INTERVALS" or "layout=CONFIG".
 
     Raises:
         CheckpointError: of `load_tokenizer`.
@@ -98,7 +104,10 @@ def tokenize(
             f"{tokenizer.factor}."
         )
     check_channels("tokenizer", tokenizer)
-    sources = [open_condition(text, tokenizer.factor) for text in conditions]
+    data = tokenizer.config.data
+    sources = [
+        open_condition(text, tokenizer.factor, data, splits[0], resolution) for text in conditions
+    ]
     views = AllViews(evaluation_transform(tokenizer.config, resolution), list_views(augmentations))
     passes = []
     for split in dict.fromkeys(splits):
@@ -148,52 +157,6 @@ def set_data(
         data.resize = resize
     elif resolution is not None and data.resize > 0:
         data.resize = 0  # it belonged to another resolution
-
-
-@dataclasses.dataclass(frozen=True)
-class ConditionTokens:
-    """Where the tokens of a condition come from.
-
-    Attributes:
-        condition: what is read.
-        tokenizer: what makes tokens of it; None where it is read as tokens.
-    """
-
-    condition: ConditionImage | Coordinates
-    tokenizer: Tokenizer | None = None
-
-
-def open_condition(text: str, factor: int) -> ConditionTokens:
-    """What an item of `--conditions` asks for, beside codes of `factor` pixels.
-
-    Raises:
-        CheckpointError: there is no tokenizer at its path.
-        DataError: it is none of "NAME=TOKENIZER", "low_resolution:SCALE=TOKENIZER" and
-            "coordinates=INTERVALS", or the tokenizer is not for images.
-    """
-    key, _, value = text.partition("=")
-    name, colon, scale = key.partition(":")
-    scaled = not colon or (name == "low_resolution" and scale.isdecimal())
-    counted = name != "coordinates" or value.isdecimal()
-    if not (name and value and scaled and counted):
-        raise DataError(
-            f"--conditions has {text!r}; it takes NAME=TOKENIZER, as in segmentation=runs/labels "
-            "or edges=runs/edges, low_resolution:4=TOKENIZER and coordinates=1024."
-        )
-    if name == "coordinates":
-        return ConditionTokens(Coordinates(factor, int(value)))
-    tokenizer = load_tokenizer(value)
-    check_channels(f"tokenizer of the condition {name}", tokenizer)
-    feature = {"derive": name, "scale": int(scale or 4)} if name in DERIVED else {"image_key": name}
-    num_labels = tokenizer.config.data.num_labels
-    return ConditionTokens(ConditionImage(name, num_labels=num_labels, **feature), tokenizer)
-
-
-def check_channels(what: str, tokenizer: Tokenizer) -> None:
-    """Raises `DataError` where a tokenizer takes other images than data sets have."""
-    channels = tokenizer.config.model.in_channels
-    if channels != (tokenizer.config.data.num_labels or 3):
-        raise DataError(f"The {what} takes {channels} channels; the images of data sets have 3.")
 
 
 def describe(
@@ -397,7 +360,7 @@ def _define_flags() -> None:
         "conditions",
         [],
         "Conditions whose tokens are written too, each NAME=TOKENIZER, such as segmentation=PATH, "
-        "edges=PATH or low_resolution:4=PATH, or coordinates=INTERVALS.",
+        "edges=PATH or low_resolution:4=PATH, or coordinates=INTERVALS, or layout=CONFIG.",
     )
     flags.DEFINE_string("info", "", "Print what a directory of codes holds, and do nothing else.")
     flags.DEFINE_string("verify", "", "Check a directory of codes, and do nothing else.")

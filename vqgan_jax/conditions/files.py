@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from vqgan_jax.conditions.keypoint_files import read_keypoints
 from vqgan_jax.conditions.kinds import layout_encoding
 from vqgan_jax.conditions.layout_files import read_layout
 from vqgan_jax.data.decoding import decode_image, decode_label_map
@@ -20,7 +21,8 @@ def read_conditions(condition: ConfigDict, kind: str, path: str) -> list:
 
     Args:
         condition: `config.condition` of the transformer.
-        kind: "layout", for JSON files, or the name of a condition image, for pictures.
+        kind: "layout", for JSON files, or the name of a condition image, for pictures; skeletons
+            may also be keypoints in JSON files, in pixels of the image to draw.
         path: a file or a folder.
 
     Raises:
@@ -41,10 +43,17 @@ def read_conditions(condition: ConfigDict, kind: str, path: str) -> list:
     if not files:
         raise DataError(f"--condition={kind}={path}: the folder is empty.")
     if kind == "layout":
-        encoding = layout_encoding(condition.layout)
-        return [read_layout(file, encoding) for file in files]
-    decode = decode_label_map if condition.images[kind].num_labels else decode_image
-    return [_decoded(kind, file, decode) for file in files]
+        layout = condition.layout
+        encoding, class_names = layout_encoding(layout), tuple(layout.class_names)
+        return [read_layout(file, encoding, class_names) for file in files]
+    image = condition.images[kind]
+    decode = decode_label_map if image.num_labels else decode_image
+    return [
+        read_keypoints(file)
+        if image.derive == "skeleton" and file.suffix.lower() == ".json"
+        else _decoded(kind, file, decode)
+        for file in files
+    ]
 
 
 def _decoded(kind: str, file: pathlib.Path, decode) -> np.ndarray:

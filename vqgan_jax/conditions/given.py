@@ -10,6 +10,8 @@ from PIL import Image
 from vqgan_jax.conditions.coordinates import coordinate_tokens
 from vqgan_jax.conditions.kinds import layout_encoding
 from vqgan_jax.conditions.layouts import Layout
+from vqgan_jax.conditions.skeletons import draw_people
+from vqgan_jax.training.images import prepare_images
 
 Condition = int | str | Sequence | np.ndarray | Layout | Mapping[str, Any] | None
 
@@ -30,6 +32,7 @@ class GivenConditions:
             tokenizers: of the condition images, by name.
         """
         self._condition, self._factor, self._tokenizers = config.condition, factor, tokenizers
+        self._window = tuple(config.model.grid)
         self.asked = tuple(kind for kind in config.condition.kinds if kind != "coordinates")
 
     def batch(
@@ -41,8 +44,9 @@ class GivenConditions:
             condition: of one kind, its value; of several, a mapping from kinds to values; None for
                 no condition. A class is a number or name, or one for each sample. An image is
                 uint8 `(H, W, 3)`, a label map integers `(H, W)`, or one for each sample in front;
-                of low resolution, it is that image or what it was scaled up to. A layout is a
-                `Layout` or one for each sample.
+                of low resolution, it is that image or what it was scaled up to; of a skeleton, it
+                may be keypoints of people, float `(P, N, 3)` of `skeletons.draw_people`. A layout
+                is a `Layout` or one for each sample.
             num_samples: how many.
             grid: rows and columns of codes.
 
@@ -55,7 +59,7 @@ class GivenConditions:
             rows["label"] = self.labels(given["class"], num_samples)
         for kind in self.asked:
             if kind == "layout":
-                rows[kind] = self._layouts(given[kind], num_samples)
+                rows[kind] = self._layouts(given[kind], num_samples, grid)
             elif kind != "class":
                 rows[kind] = self._image_codes(kind, given[kind], num_samples, grid)
         if "coordinates" in self._condition.kinds:
@@ -120,16 +124,26 @@ class GivenConditions:
         _check(0 <= int(name) < count, f"there is no class {name}; there are 0 to {count - 1}.")
         return int(name)
 
-    def _layouts(self, given: Layout | Sequence[Layout] | None, num_samples: int) -> np.ndarray:
+    def _layouts(
+        self, given: Layout | Sequence[Layout] | None, num_samples: int, grid: tuple[int, int]
+    ) -> np.ndarray:
+        """`(num_samples, n)`, or of a larger image `(num_samples, tops, lefts, n)`."""
         encoding = layout_encoding(self._condition.layout)
         if given is None:
             return np.full((num_samples, encoding.length), -1, np.int32)
-        layouts = [given] * num_samples if isinstance(given, Layout) else list(given)
+        layouts = [given] if isinstance(given, Layout) else list(given)
         _check(
-            len(layouts) == num_samples,
+            len(layouts) in (1, num_samples),
             f"condition has {len(layouts)} layouts for {num_samples} samples.",
         )
-        return np.stack([encoding.encode(layout) for layout in layouts])
+        tokens = {
+            layout: encoding.encode(layout)
+            if grid == self._window
+            else encoding.encode_windows(layout, grid, self._window)
+            for layout in dict.fromkeys(layouts)
+        }
+        rows = np.stack([tokens[layout] for layout in layouts])
+        return np.broadcast_to(rows, (num_samples, *rows.shape[1:]))
 
     def _image_codes(self, kind, given, num_samples, grid) -> np.ndarray:
         tokenizer = self._tokenizers[kind]
@@ -137,36 +151,35 @@ class GivenConditions:
         own_grid = height // tokenizer.factor, width // tokenizer.factor
         if given is None:
             return np.full((num_samples, *own_grid), -1, np.int32)
-        images = self.check_image(kind, np.asarray(given), (height, width))
+        if self._condition.images[kind].derive == "skeleton" and isinstance(given, Sequence):
+            # Each by itself: they may have other numbers of people.
+            images = np.concatenate([self.check_image(kind, g, (height, width)) for g in given])
+        else:
+            images = self.check_image(kind, np.asarray(given), (height, width))
         _check(
             len(images) in (1, num_samples),
             f"condition {kind} has {len(images)} images for {num_samples} samples.",
         )
-        codes = np.concatenate([self._encode(tokenizer, image[None]) for image in images])
-        return np.broadcast_to(codes, (num_samples, *codes.shape[1:]))
-
-    def _encode(self, tokenizer, images: np.ndarray) -> np.ndarray:
-        num_labels = tokenizer.config.data.num_labels
-        if tokenizer.config.model.in_channels == 1 and not num_labels:
-            grey = [np.asarray(Image.fromarray(image).convert("L")) for image in images]
-            images = np.stack(grey)[..., None]
-        prepared = (
-            np.eye(num_labels, dtype=np.float32)[images] if num_labels else images / 127.5 - 1
+        codes = np.concatenate(
+            [tokenizer.encode(prepare_images(tokenizer.config, image[None])) for image in images]
         )
-        return np.asarray(tokenizer.encode(prepared.astype(np.float32)))
+        return np.broadcast_to(codes, (num_samples, *codes.shape[1:]))
 
     def check_image(self, kind: str, images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Condition images with a batch axis in front, of the size of the image to draw.
 
         Args:
             kind: the condition.
-            images: `(H, W, 3)` uint8, `(H, W)` integers for a label map, or several of them.
+            images: `(H, W, 3)` uint8, `(H, W)` integers for a label map, or several of them; for a
+                skeleton also keypoints, float `(P, N, 3)` or `(N, 3)`, which are drawn.
             size: height and width of the image to draw.
 
         Raises:
             ValueError: it is of another type, size or range.
         """
         image, num_labels = self._condition.images[kind], self._condition.images[kind].num_labels
+        if image.derive == "skeleton" and np.issubdtype(images.dtype, np.floating):
+            images = draw_people(images.reshape(-1, *images.shape[-2:]), *size)
         axes = 2 if num_labels else 3
         shape = images.shape
         is_picture = images.ndim >= 3 and images.shape[-1] == 3 and images.shape[-2] > 3

@@ -84,9 +84,10 @@ class Coordinates(Stored):
 
 @dataclasses.dataclass(frozen=True)
 class SceneLayout:
-    """Which objects are where."""
+    """Which objects are where; their names, if there are any, are for people."""
 
     encoding: LayoutEncoding
+    class_names: tuple[str, ...] = ()
     name: str = "layout"
 
     @property
@@ -100,12 +101,13 @@ class SceneLayout:
         return self.encoding.num_tokens
 
     def tokens(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """As `LayoutEncoding.encode` made them."""
-        return jnp.asarray(batch[self.name], jnp.int32)
+        """As `LayoutEncoding.encode` made them, or `encode_windows` for a larger image."""
+        tokens = jnp.asarray(batch[self.name], jnp.int32)
+        return tokens.reshape(len(tokens), -1)
 
     def picture(self, tokens: np.ndarray, height: int, width: int) -> np.ndarray:
         """Tokens `(n,)` -> the boxes, uint8 `(height, width, 3)`."""
-        return draw_layout(self.encoding.decode(tokens), height, width)
+        return draw_layout(self.encoding.decode(tokens), height, width, self.class_names)
 
 
 def make_kinds(condition: ConfigDict, grid: tuple[int, int]) -> tuple[Condition, ...]:
@@ -119,14 +121,20 @@ def _make_kind(name: str, condition: ConfigDict, grid: tuple[int, int]) -> Condi
     if name == "coordinates":
         return Coordinates(name, grid, condition.coordinates.intervals + 1)
     if name == "layout":
-        return SceneLayout(layout_encoding(condition.layout))
+        layout = condition.layout
+        return SceneLayout(layout_encoding(layout), tuple(layout.class_names))
     image = condition.images[name]
     return Stored(name, tuple(image.grid), image.codebook_size)
 
 
 def layout_encoding(layout: ConfigDict) -> LayoutEncoding:
-    """The encoding that `config.condition.layout` describes."""
-    return LayoutEncoding(**layout.to_dict())
+    """The encoding that `config.condition.layout` describes.
+
+    Raises:
+        ValueError: as `LayoutEncoding`.
+    """
+    names = (field.name for field in dataclasses.fields(LayoutEncoding))
+    return LayoutEncoding(**{name: layout[name] for name in names})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +191,8 @@ class Conditions:
 
         Args:
             batch: what the kinds read; without kinds, anything with the number of rows. A grid of
-                tokens may come as `(B, rows, columns)`, that of a larger image too.
+                tokens may come as `(B, rows, columns)`, that of a larger image too; a layout as
+                `(B, tops, lefts, n)`, for each place of a window over a larger image.
             dropped: `(B,)` bool, which rows are to have no condition.
         """
         if not self.kinds:
@@ -194,8 +203,8 @@ class Conditions:
         for kind in self.kinds:
             tokens = kind.tokens(batch)
             tokens = jnp.where(dropped | (tokens < 0), kind.vocabulary, tokens) + offset
-            whole = batch.get(kind.name)  # a grid for a larger image keeps its shape
-            shape = whole.shape[1:] if whole is not None and whole.ndim == 3 else kind.shape
+            whole = batch.get(kind.name)  # what is for a larger image keeps its shape
+            shape = whole.shape[1:] if whole is not None and whole.ndim >= 3 else kind.shape
             parts.append(tokens.reshape(len(tokens), *shape))
             offset += kind.vocabulary + 1 if self.own_table else 0
         return parts

@@ -8,16 +8,26 @@ A class is a name or a number from 0. A box is x and y of the upper left corner,
 height, in shares of the scene. "crop" is the part of the scene that the image shows; it may be
 missing (all of it), and a list of objects alone is a layout too. Attributes that may be true of an
 object are "group", "occluded", "depiction" and "inside", where the model was trained with them.
+
+The files of a data set are the same but for "crop", which depends on how an image is cropped; they
+may have more objects and attributes than a model takes.
 """
 
 import difflib
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from vqgan_jax.conditions.layouts import WHOLE_SCENE, Box, Layout, LayoutEncoding, SceneObject
+from vqgan_jax.conditions.json_files import load_json, parse_file
+from vqgan_jax.conditions.layouts import (
+    ATTRIBUTES,
+    WHOLE_SCENE,
+    Box,
+    Layout,
+    LayoutEncoding,
+    SceneObject,
+)
 from vqgan_jax.data.errors import DataError
 
 _ROUNDING = 1e-6  # x + width may exceed 1 by so much: 0.1 + 0.9 need not be 1 in floats
@@ -36,14 +46,27 @@ def read_layout(
     Raises:
         DataError: the file cannot be read, or as in `parse_layout`; one line that names the file.
     """
-    try:
-        text = pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"The layout {path} cannot be read: {error.strerror}.") from error
-    try:
-        return parse_layout(text, encoding, class_names)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+    return parse_file(path, lambda text: parse_layout(text, encoding, class_names))
+
+
+def read_objects(
+    path: str | os.PathLike, class_names: Sequence[str] = ()
+) -> tuple[SceneObject, ...]:
+    """Reads and checks the objects of a data set's image, in the order of the file.
+
+    Args:
+        path: a JSON file, described in the module, without "crop".
+        class_names: of the data set; empty where classes have only numbers, of any size.
+
+    Raises:
+        DataError: the file cannot be read, or it is no list of objects; one line that names it.
+    """
+
+    def parse(text: bytes) -> tuple[SceneObject, ...]:
+        content = _content(text, ("objects",))
+        return _objects(content, len(class_names), ATTRIBUTES, class_names)
+
+    return parse_file(path, parse)
 
 
 def parse_layout(
@@ -56,61 +79,78 @@ def parse_layout(
             or has no area, an attribute is unknown to the model, or there are too many objects; one
             line that names the object.
     """
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"This is not JSON: {error}.") from error
+    content = _content(text, ("objects", "crop"))
+    if len(content["objects"]) > encoding.max_objects:
+        raise DataError(
+            f"The layout has {len(content['objects'])} objects; the model takes at most "
+            f"{encoding.max_objects}."
+        )
+    objects = _objects(content, encoding.num_classes, encoding.attributes, class_names)
+    crop = _box(content["crop"], "crop") if "crop" in content else WHOLE_SCENE
+    return Layout(objects, crop)
+
+
+def _content(text: str | bytes, known: Sequence[str]) -> dict[str, Any]:
+    """An object of `known` keys, "objects" among them, which is a list."""
+    content = load_json(text)
     if isinstance(content, list):
         content = {"objects": content}
     if not isinstance(content, dict) or not isinstance(content.get("objects"), list):
         raise DataError(
             'A layout is a list of objects, or {"objects": [...], "crop": [x, y, width, height]}.'
         )
-    _require_known(content, ("objects", "crop"), "The layout")
-    entries = content["objects"]
-    if len(entries) > encoding.max_objects:
-        raise DataError(
-            f"The layout has {len(entries)} objects; the model takes at most "
-            f"{encoding.max_objects}."
-        )
-    objects = [
-        _object(entry, f"objects[{index}]", encoding, class_names)
-        for index, entry in enumerate(entries)
-    ]
-    crop = _box(content["crop"], "crop") if "crop" in content else WHOLE_SCENE
-    return Layout(tuple(objects), crop)
+    _require_known(content, known, "The layout")
+    return content
+
+
+def _objects(
+    content: dict[str, Any],
+    num_classes: int,
+    attributes: Sequence[str],
+    class_names: Sequence[str],
+) -> tuple[SceneObject, ...]:
+    """The objects of a layout; `num_classes` 0 takes any number for a class."""
+    return tuple(
+        _object(entry, f"objects[{index}]", num_classes, attributes, class_names)
+        for index, entry in enumerate(content["objects"])
+    )
 
 
 def _object(
-    entry: Any, where: str, encoding: LayoutEncoding, class_names: Sequence[str]
+    entry: Any,
+    where: str,
+    num_classes: int,
+    attributes: Sequence[str],
+    class_names: Sequence[str],
 ) -> SceneObject:
     if not isinstance(entry, dict) or not {"class", "box"} <= entry.keys():
         raise DataError(f'{where} must be {{"class": NAME, "box": [x, y, width, height]}}.')
-    _require_known(entry, ("class", "box", *encoding.attributes), where)
-    for name in encoding.attributes:
+    _require_known(entry, ("class", "box", *attributes), where)
+    for name in attributes:
         if not isinstance(entry.get(name, False), bool):
             raise DataError(f"{where}: {name!r} must be true or false, not {entry[name]!r}.")
-    attributes = frozenset(name for name in encoding.attributes if entry.get(name))
-    label = _label(entry["class"], where, encoding.num_classes, class_names)
-    return SceneObject(label, _box(entry["box"], where), attributes)
+    true = frozenset(name for name in attributes if entry.get(name))
+    label = _label(entry["class"], where, num_classes, class_names)
+    return SceneObject(label, _box(entry["box"], where), true)
 
 
 def _label(value: Any, where: str, num_classes: int, class_names: Sequence[str]) -> int:
+    numbers = f"from 0 to {num_classes - 1}" if num_classes else "from 0"
     if isinstance(value, str):
         if value in class_names:
             return list(class_names).index(value)
         if not class_names:
             raise DataError(
-                f"{where}: the class is {value!r}, but the model has no names of classes; give a "
-                f"number from 0 to {num_classes - 1}."
+                f"{where}: the class is {value!r}, but classes have no names here; give a number "
+                f"{numbers}."
             )
         similar = difflib.get_close_matches(value, class_names, n=1)
         guess = f"; is {similar[0]!r} meant?" if similar else "."
-        raise DataError(f"{where}: the model knows no class {value!r}{guess}")
+        raise DataError(f"{where}: there is no class {value!r}{guess}")
     if not isinstance(value, int) or isinstance(value, bool):
         raise DataError(f"{where}: a class is a name or a number, not {json.dumps(value)}.")
-    if not 0 <= value < num_classes:
-        raise DataError(f"{where}: the class {value} is outside of 0 to {num_classes - 1}.")
+    if value < 0 or 0 < num_classes <= value:
+        raise DataError(f"{where}: the class {value} is outside of the numbers {numbers}.")
     return value
 
 
@@ -133,4 +173,4 @@ def _box(value: Any, where: str) -> Box:
 def _require_known(entry: dict[str, Any], known: Sequence[str], where: str) -> None:
     unknown = [key for key in entry if key not in known]
     if unknown:
-        raise DataError(f"{where} has {unknown[0]!r}; this model knows {', '.join(known)}.")
+        raise DataError(f"{where} has {unknown[0]!r}; known here are {', '.join(known)}.")

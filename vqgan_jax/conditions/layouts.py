@@ -146,7 +146,7 @@ class LayoutEncoding:
                 raise ValueError(
                     f"An object has the label {item.label}; labels are 0 to {self.num_classes - 1}."
                 )
-            if _overlap(item.box, layout.crop):
+            if overlap(item.box, layout.crop) > 0:
                 tokens.append(item.label + self.num_classes * self._bits(item.attributes))
                 tokens.extend(self._place_tokens(_in_frame(item.box, frame, flip)))
         count = self.max_objects * self._tokens_per_object
@@ -154,6 +154,55 @@ class LayoutEncoding:
         if self.with_crop:
             tokens.extend(self._corner_tokens(_mirrored(layout.crop) if flip else layout.crop))
         return np.array(tokens, np.int32)
+
+    def encode_windows(
+        self, layout: Layout, grid: tuple[int, int], window: tuple[int, int]
+    ) -> np.ndarray:
+        """The tokens of a layout for each place of a window that slides over the image.
+
+        Each window is a crop of the scene of its own: its tokens leave out the objects that it does
+        not see, and where crops are encoded they say which part of the scene it is.
+
+        Args:
+            layout: of the whole image, which is the layout's crop.
+            grid: rows and columns of the image, in codes.
+            window: rows and columns of the window, at most those of the grid.
+
+        Returns:
+            int32 (rows - window rows + 1, columns - window columns + 1, length).
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        x, y, width, height = layout.crop
+        (rows, columns), (window_rows, window_columns) = grid, window
+        tops, lefts = range(rows - window_rows + 1), range(columns - window_columns + 1)
+
+        def tokens(top: int, left: int) -> np.ndarray:
+            crop = (
+                x + width * (left / columns),
+                y + height * (top / rows),
+                width * (window_columns / columns),
+                height * (window_rows / rows),
+            )
+            return self.encode(Layout(layout.objects, crop))
+
+        return np.stack([[tokens(top, left) for left in lefts] for top in tops])
+
+    def shuffled(self, tokens: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Layouts with their objects in the order of random keys, as `encode` would shuffle them.
+
+        Args:
+            tokens: integers (B, length), of `encode`.
+            keys: (B, max_objects) numbers, all different in a row.
+        """
+        size = self._tokens_per_object
+        count = self.max_objects * size
+        objects = tokens[:, :count].reshape(len(tokens), self.max_objects, size)
+        padding = objects[..., 0] == self.pad_token  # which stays behind the objects
+        order = np.lexsort((keys, padding))
+        shuffled = np.take_along_axis(objects, order[..., None], axis=1)
+        return np.concatenate([shuffled.reshape(-1, count), tokens[:, count:]], axis=1)
 
     def decode(self, tokens: np.ndarray) -> Layout:
         """The layout of tokens, up to the grid of places: half a section along each axis.
@@ -235,11 +284,11 @@ class LayoutEncoding:
         return left / last, top / last, (right - left) / last, (bottom - top) / last
 
 
-def _overlap(one: Box, other: Box) -> bool:
-    """Whether two boxes share an area."""
+def overlap(one: Box, other: Box) -> float:
+    """The area that two boxes share."""
     width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
     height = min(one[1] + one[3], other[1] + other[3]) - max(one[1], other[1])
-    return width > 0 and height > 0
+    return max(width, 0.0) * max(height, 0.0)
 
 
 def _in_frame(box: Box, frame: Box, flip: bool) -> Box:

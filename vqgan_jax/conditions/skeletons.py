@@ -1,4 +1,4 @@
-"""Keypoints of a body drawn as a skeleton: the pose of a person as a picture.
+"""Keypoints of bodies drawn as skeletons: the poses of people as a picture.
 
 The picture goes through an image tokenizer like any other, as in the pose-guided synthesis on
 DeepFashion of Esser et al. (2021), section 4.2.
@@ -27,6 +27,59 @@ LIMBS = {
         *((1, 0), (0, 14), (14, 16), (0, 15), (15, 17)),
     ),
 }
+
+
+# The same keypoint of a mirrored body: left and right change places.
+_MIRRORED = {
+    "coco": (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15),
+    "openpose": (0, 1, 5, 6, 7, 2, 3, 4, 11, 12, 13, 8, 9, 10, 15, 14, 17, 16),
+}
+_NUMBERINGS = {17: "coco", 18: "openpose"}  # by how many keypoints there are
+
+
+def draw_people(people: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Draws the skeletons of people, later ones over earlier ones; see `draw_skeleton`.
+
+    Args:
+        people: (P, N, 3) keypoints of each person, 17 as COCO or 18 as OpenPose numbers them.
+        height, width: of the picture, in pixels.
+
+    Returns:
+        uint8 (H, W, 3); black without people.
+
+    Raises:
+        ValueError: keypoints are not (P, 17 or 18, 3), or a visible one has no finite place.
+    """
+    limbs = LIMBS[_numbering(people)]
+    picture = np.zeros((height, width, 3), np.uint8)
+    for keypoints in people:
+        skeleton = draw_skeleton(keypoints, limbs, height, width)
+        picture = np.where(skeleton.any(axis=-1, keepdims=True), skeleton, picture)
+    return picture
+
+
+def mirror_people(people: np.ndarray, width: int) -> np.ndarray:
+    """Keypoints as a detector finds them in the picture mirrored left and right.
+
+    What was a left arm is a right arm there, so that limbs keep the colours of their sides.
+
+    Args:
+        people: (P, N, 3), as of `draw_people`.
+        width: of the picture, in pixels.
+    """
+    mirrored = people[:, list(_MIRRORED[_numbering(people)])]
+    mirrored[..., 0] = width - 1 - mirrored[..., 0]
+    return mirrored
+
+
+def _numbering(people: np.ndarray) -> str:
+    shape = np.shape(people)
+    if len(shape) != 3 or shape[1] not in _NUMBERINGS or shape[2] != 3:
+        raise ValueError(
+            "Keypoints of people have the shape (P, 17, 3), numbered as COCO does, or (P, 18, 3), "
+            f"as OpenPose does; not {shape}."
+        )
+    return _NUMBERINGS[shape[1]]
 
 
 def draw_skeleton(

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from vqgan_jax.configuration.common import base_config, one_of, positive, require, validate_base
+from vqgan_jax.models.orders import ORDERS, ROW_MAJOR
 
 
 def transformer_config() -> ConfigDict:
@@ -17,6 +18,9 @@ def transformer_config() -> ConfigDict:
             dtype="auto",  # of the computation: "float32", "bfloat16", "float64"; auto = by backend
             codebook_size=0,  # 0 = the tokenizer's
             grid=(),  # rows and columns of codes; empty = the data's
+            # In which they are predicted: "row_major", or "alternate", "subsample", "z_curve",
+            # "spiral_out", "spiral_in", "random"; images larger than the grid need "row_major".
+            order=ROW_MAJOR,
             num_layers=24,
             num_heads=16,
             num_kv_heads=0,  # of keys and values; 0 = num_heads, fewer make decoding faster
@@ -49,7 +53,9 @@ def transformer_config() -> ConfigDict:
             images={},  # images of another kind, by `add_condition_image`
             coordinates=dict(intervals=1024),  # of [0, 1], which the image's pixels run through
             layout=dict(
-                num_classes=0,  # of objects
+                num_classes=0,  # of objects; 0 = the data's
+                class_names=(),  # of objects; empty = the data's
+                min_area=0.0,  # of an object, as a share of its image: smaller ones are left out
                 places="boxes",  # "boxes": two corners an object; "centers": one point
                 num_tokens=8192,  # classes, places on a grid of as many points, and padding
                 max_objects=30,
@@ -86,8 +92,8 @@ def add_condition_image(config: ConfigDict, name: str, tokenizer: str, **values)
         name: of the kind; files and flags have it too.
         tokenizer: its run, checkpoint or export.
         **values: `image_key`, the feature of the data set that holds it, by default `name`; or
-            `derive`, "edges" or "low_resolution" of the image itself, the latter `scale` times
-            smaller.
+            `derive`: "edges" or "low_resolution" of the image itself, the latter `scale` times
+            smaller; or "skeleton", drawn of the keypoints that the feature `image_key` has.
     """
     image = dict(
         tokenizer=tokenizer,
@@ -111,6 +117,7 @@ def validate_transformer(config: ConfigDict) -> None:
     one_of(config, "model.norm", "layer", "rms")
     one_of(config, "model.feed_forward", "gelu", "swiglu")
     one_of(config, "model.positions", "learned", "rotary")
+    one_of(config, "model.order", *ORDERS)
     one_of(config, "sampling.guidance_schedule", "constant", "linear", "cosine")
     positive(config, "model.num_layers", "model.num_heads", "model.width")
 
@@ -142,9 +149,9 @@ def validate_transformer(config: ConfigDict) -> None:
     )
     for name, image in condition.images.items():
         require(
-            image.derive in ("", "edges", "low_resolution"),
-            f"config.condition.images.{name}.derive is {image.derive!r}; it must be empty, edges "
-            "or low_resolution.",
+            image.derive in ("", "edges", "low_resolution", "skeleton"),
+            f"config.condition.images.{name}.derive is {image.derive!r}; it must be empty, edges, "
+            "low_resolution or skeleton.",
         )
         require(
             bool(image.tokenizer) and image.scale >= 1,

@@ -1,7 +1,7 @@
 """The views of an image whose codes are stored: the centre, mirror images, ten crops a scale."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -75,9 +75,9 @@ class Crops:
         """uint8 (H, W, 3), or (H, W) for label maps, to (views, side, side, ...)."""
         return cut_all(image, self.crops)
 
-    def coordinates(self, factor: int, intervals: int) -> np.ndarray:
-        """As `Crop.coordinates`, int32 (views, n)."""
-        return np.stack([crop.coordinates(factor, intervals) for crop in self.crops])
+    def each(self, function: Callable[[Crop], np.ndarray]) -> np.ndarray:
+        """What a function gives for each crop, stacked on a new first axis."""
+        return np.stack([function(crop) for crop in self.crops])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,4 +128,4 @@ class AllViews:
     def _crop(self, square: Crop, view: View) -> Crop:
         margin = square.side - self.resolution
         top, left = square.top + margin * view.row // 2, square.left + margin * view.column // 2
-        return Crop(square.whole, top, left, self.resolution, view.flipped)
+        return Crop(square.original, square.whole, top, left, self.resolution, view.flipped)

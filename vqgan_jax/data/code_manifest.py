@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vqgan_jax.conditions.layouts import LayoutEncoding
 from vqgan_jax.data.errors import DataError
 
 FORMAT, VERSION = "vqgan_jax codes", 2
@@ -39,6 +40,9 @@ class ConditionInfo:
       image_key: the feature that the condition was read from.
       derive: how it was made from the image, as in `condition_sources.ConditionImage`.
       scale: how many times smaller the low resolution is; 0 for others.
+      layout: how objects became tokens; None for all but layouts.
+      min_area: objects not larger than this share of their image were left out.
+      class_names: of the objects; empty where they have none.
     """
 
     name: str
@@ -50,6 +54,42 @@ class ConditionInfo:
     image_key: str = ""
     derive: str = ""
     scale: int = 0
+    layout: LayoutEncoding | None = None
+    min_area: float = 0.0
+    class_names: tuple[str, ...] = ()
+
+    @classmethod
+    def of_layout(
+        cls, encoding: LayoutEncoding, min_area: float, class_names: tuple[str, ...]
+    ) -> "ConditionInfo":
+        """Those of tokens of layouts."""
+        return cls(
+            name="layout",
+            num_tokens=encoding.length,
+            vocabulary=encoding.num_tokens,
+            layout=encoding,
+            min_area=min_area,
+            class_names=class_names,
+        )
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "ConditionInfo":
+        """What `dataclasses.asdict` made; `TypeError` or `ValueError` for anything else."""
+        found = dict(values)
+        found["grid"] = found.get("grid") and tuple(found["grid"])
+        found["class_names"] = tuple(found.get("class_names", ()))
+        if layout := found.get("layout"):
+            attributes = tuple(layout["attributes"])
+            found["layout"] = LayoutEncoding(**layout | {"attributes": attributes})
+        return cls(**found)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All values by name, those of a layout's encoding as `layout.places` and so on."""
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        layout = facts.pop("layout")
+        own = dataclasses.asdict(layout) if layout else {}
+        return facts | {f"layout.{name}": value for name, value in own.items()}
 
     @property
     def kind(self) -> str:
@@ -157,14 +197,9 @@ class CodesInfo:
             found = {field.name: values[field.name] for field in dataclasses.fields(cls)}
             for name in ("class_names", "augmentations", "grid"):
                 found[name] = None if found[name] is None else tuple(found[name])
-            conditions = (
-                ConditionInfo(
-                    **condition | {"grid": condition["grid"] and tuple(condition["grid"])}
-                )
-                for condition in found["conditions"]
-            )
-            return cls(**found | {"conditions": tuple(conditions)})
-        except (KeyError, TypeError) as error:
+            conditions = tuple(map(ConditionInfo.from_json, found["conditions"]))
+            return cls(**found | {"conditions": conditions})
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is damaged: {error}.") from error
 
 

@@ -66,6 +66,12 @@ def summary(condition: ConditionInfo) -> str:
     if condition.grid is not None:
         size = f"{condition.grid[0]}x{condition.grid[1]} tokens"
     line = f"{condition.name}: {size} a view, {condition.vocabulary} different ones"
+    if condition.layout:
+        layout = condition.layout
+        line += (
+            f", up to {layout.max_objects} objects of {layout.num_classes} classes, as "
+            f"{layout.places}"
+        )
     if condition.derive:
         scale = f", {condition.scale} times smaller" if condition.scale else ""
         line += f", derived from the image{scale}"

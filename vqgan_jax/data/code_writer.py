@@ -225,7 +225,7 @@ def _facts(info: CodesInfo) -> dict[str, Any]:
     facts = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)}
     facts["conditions"] = ", ".join(condition.name for condition in info.conditions) or "none"
     for condition in info.conditions:
-        for name, value in dataclasses.asdict(condition).items():
+        for name, value in condition.facts.items():
             facts[f"{name} of the condition {condition.name}"] = value
     return {what.replace("fingerprint", "tokenizer"): value for what, value in facts.items()}
 

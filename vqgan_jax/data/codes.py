@@ -17,7 +17,7 @@ import numpy as np
 from vqgan_jax.data.code_manifest import CodesInfo, ConditionInfo, Manifest, read_manifest
 from vqgan_jax.data.errors import DataError
 
-_ORDER, _AUGMENTATION = 0, 1  # streams of random numbers
+_ORDER, _AUGMENTATION, _OBJECTS = 0, 1, 2  # streams of random numbers
 
 
 def open_codes(directory: str | os.PathLike, verify: bool = False) -> "Codes":
@@ -98,7 +98,8 @@ class Codes:
 
         Returns:
           `codes`, int32 (rows, h * w); `label`, int32 (rows,), -1 where there is none; and under
-          its name each condition, int32 (rows, n), of the same image and augmentation.
+          its name each condition, int32 (rows, n), of the same image and augmentation; the objects
+          of layouts are in a random order.
         """
         rows = np.arange(batch_size) if rows is None else rows
         passes, places = np.divmod(step * batch_size + rows, len(self))
@@ -108,7 +109,14 @@ class Codes:
             images[chosen] = self._order(seed, int(number))[places[chosen]]
         drawn = _random_bits(batch_size, seed, _AUGMENTATION, step)[rows]
         augmentations = (drawn % len(self.info.augmentations)).astype(np.int64)
-        return self.rows(images, augmentations)
+        tokens = self.rows(images, augmentations)
+        for name, condition in self.conditions.items():
+            if condition.layout is not None:
+                count = condition.layout.max_objects
+                bits = _random_bits(batch_size * count, seed, _OBJECTS, step)
+                keys = bits.reshape(batch_size, count)[rows]
+                tokens[name] = condition.layout.shuffled(tokens[name], keys)
+        return tokens
 
     def rows(
         self, images: np.ndarray, augmentations: np.ndarray | int = 0
@@ -280,12 +288,17 @@ def _check_condition(codes: Codes, wanted: ConditionInfo) -> None:
             f"{found.fingerprint[:12] or 'none'}, and {wanted.fingerprint[:12] or 'none'} is "
             "expected. Tokenize with the condition's tokenizer into another --output."
         )
-    # What rounding depends on may differ, as with the codes.
-    for field in ("num_tokens", "vocabulary", "grid", "image_key", "derive", "scale"):
-        theirs, ours = getattr(found, field), getattr(wanted, field)
-        if theirs != ours:
+    theirs, ours = found.facts, wanted.facts
+    for fact in theirs | ours:
+        # What rounding depends on may differ, as with the codes.
+        if fact != "dtype" and theirs.get(fact) != ours.get(fact):
             raise DataError(
-                f"{where} has tokens of the condition {name} whose {field} is {theirs!r}; {ours!r} "
-                "is expected. Tokenize with other --conditions into another --output, or change "
-                f"the transformer's config."
+                f"{where} has tokens of the condition {name} whose {fact} is "
+                f"{_short(theirs.get(fact))}; {_short(ours.get(fact))} is expected. Tokenize with "
+                "other --conditions into another --output, or change the transformer's config."
             )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

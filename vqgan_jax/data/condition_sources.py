@@ -1,4 +1,4 @@
-"""What is read beside an image as a condition: other pictures of the same place, and the place.
+"""What is read beside an image as a condition: other pictures of the same, its place, its objects.
 
 Every condition gets the resizing, the crop and the mirroring of its image, so that what lies at a
 pixel of the one belongs to the same pixel of the other.
@@ -7,15 +7,20 @@ pixel of the one belongs to the same pixel of the other.
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
 from vqgan_jax.conditions.derived import canny_edges, low_resolution
+from vqgan_jax.conditions.layouts import Layout, LayoutEncoding, SceneObject, overlap
+from vqgan_jax.conditions.skeletons import draw_people, mirror_people
 from vqgan_jax.data.errors import DataError
+from vqgan_jax.data.sources import Feature
+from vqgan_jax.data.transforms import Crop
 
-DERIVED = ("edges", "low_resolution")
+FROM_IMAGE = ("edges", "low_resolution")  # what is derived from the image itself
+DERIVED = (*FROM_IMAGE, "skeleton")
 _TAKEN = ("image", "label", "codes", "labels", "mask", "index", "skipped")  # keys of batches
 
 
@@ -28,8 +33,8 @@ class Place(Protocol):
     def cut(self, image: np.ndarray) -> np.ndarray:
         """uint8 (H, W, 3) or (H, W) to (..., side, side, 3) or (..., side, side)."""
 
-    def coordinates(self, factor: int, intervals: int) -> np.ndarray:
-        """int32 (..., n), of `coordinate_tokens`."""
+    def each(self, function: Callable[[Crop], np.ndarray]) -> np.ndarray:
+        """(..., *) of what a function gives for each part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +43,10 @@ class ConditionImage:
 
     Attributes:
       name: its key in batches.
-      image_key: the feature that is read; not used where the condition is derived.
+      image_key: the feature that is read; not used where the condition is made from the image.
       num_labels: of a label map; 0 for pictures.
-      derive: "edges" or "low_resolution", made from the image as it was cropped; empty for a
-        feature.
+      derive: "edges" or "low_resolution", made from the image as it was cropped; "skeleton", drawn
+        of the keypoints of people that the feature has; empty for a feature that is an image.
       scale: how many times smaller the low resolution is.
     """
 
@@ -53,26 +58,61 @@ class ConditionImage:
 
     @property
     def feature(self) -> str:
-        """The feature that has to be read; empty where the condition is derived."""
-        return "" if self.derive else self.image_key
+        """The feature that has to be read; empty where the condition is made from the image."""
+        return "" if self.derive in FROM_IMAGE else self.image_key
+
+    @property
+    def kind(self) -> Feature:
+        """What the feature is."""
+        if self.derive == "skeleton":
+            return Feature.KEYPOINTS
+        return Feature.LABEL_MAP if self.num_labels else Feature.PICTURE
 
     def blank(self, shape: tuple[int, ...]) -> np.ndarray:
         """Zeros like those of `make` for label maps of a shape (..., H, W)."""
         return np.zeros(shape if self.num_labels else (*shape, 3), np.uint8)
 
-    def make(self, image: np.ndarray, features: Mapping[str, np.ndarray], place: Place):
+    def check_example(self, found: Any, shape: tuple[int, ...], where: str) -> None:
+        """Raises `DataError` where a feature does not fit an image of a shape (H, W, ...).
+
+        `where` the feature is begins the message.
+        """
+        if self.derive:
+            return
+        if found.shape[:2] != shape[:2]:
+            raise DataError(
+                f"{where} has {found.shape[1]} x {found.shape[0]} pixels, and its image has "
+                f"{shape[1]} x {shape[0]}; a condition must have its image's size."
+            )
+        if self.num_labels and found.max() >= self.num_labels:
+            raise DataError(
+                f"{where} has the label {found.max()}, but the tokenizer of the condition "
+                f"{self.name} knows 0 to {self.num_labels - 1}."
+            )
+
+    def make(
+        self,
+        image: np.ndarray,
+        features: Mapping[str, Any],
+        place: Place,
+        rng: np.random.Generator | None = None,
+    ) -> np.ndarray:
         """The condition of an example.
 
         Args:
           image: uint8 (..., H, W, 3), as it was cropped.
-          features: uint8 (H, W, 3) or (H, W) of the whole example, by key.
+          features: of the whole example by key, as of `ImageSource.read`.
           place: what was taken of the example.
+          rng: of the example in training, for what is random.
 
         Returns:
           uint8 (..., H, W, 3), or (..., H, W) for label maps.
         """
+        del rng
         if not self.derive:
             return place.cut(features[self.feature])
+        if self.derive == "skeleton":
+            return place.each(functools.partial(_draw_skeletons, features[self.feature]))
         derive = canny_edges
         if self.derive == "low_resolution":
             derive = functools.partial(low_resolution, factor=self.scale)
@@ -88,8 +128,8 @@ class ConditionImage:
                 f"The condition {self.name} is derived as {self.derive!r}; there are "
                 f"{', '.join(DERIVED)}."
             )
-        if label_maps or self.num_labels:
-            what = "images are" if label_maps else "tokenizer is one of"
+        if self.num_labels or (label_maps and not self.feature):
+            what = "tokenizer is one of" if self.num_labels else "images are"
             raise DataError(
                 f"The condition {self.name} is derived from pictures, as a picture; here the "
                 f"{what} label maps."
@@ -99,6 +139,14 @@ class ConditionImage:
                 f"The condition {self.name} is {self.scale} times smaller; it must be 1 to "
                 f"{resolution} times, the resolution."
             )
+
+
+def _draw_skeletons(people: np.ndarray, crop: Crop) -> np.ndarray:
+    """Keypoints (P, N, 3) in pixels of the image before it was scaled -> uint8 (side, side, 3)."""
+    moved = np.concatenate([crop.points(people[..., :2]), people[..., 2:]], axis=-1)
+    if crop.flipped:
+        moved = mirror_people(moved, crop.side)
+    return draw_people(moved, crop.side, crop.side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +169,16 @@ class Coordinates:
         *views, height, width = shape
         return np.zeros((*views, height // self.factor * (width // self.factor)), np.int32)
 
-    def make(self, image: np.ndarray, features: Mapping[str, np.ndarray], place: Place):
+    def make(
+        self,
+        image: np.ndarray,
+        features: Mapping[str, Any],
+        place: Place,
+        rng: np.random.Generator | None = None,
+    ) -> np.ndarray:
         """int32 (..., n), 0 to `intervals` inclusive; see `ConditionImage.make`."""
-        del image, features
-        return place.coordinates(self.factor, self.intervals)
+        del image, features, rng
+        return place.each(lambda crop: crop.coordinates(self.factor, self.intervals))
 
     def check(self, resolution: int, label_maps: bool) -> None:
         """Raises `DataError` where it cannot be made for images of a resolution."""
@@ -137,8 +191,87 @@ class Coordinates:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Layouts:
+    """Tokens of the objects in the crop, in boxes as they lie in the image, mirrored with it.
+
+    No example is left out: one with few objects in its crop, or none, has a layout of few objects,
+    filled up with padding; of one with more than the encoding takes, the largest are kept. (The
+    reference drops images with fewer than 2 or more than 30 objects from its data sets.)
+
+    Attributes:
+      encoding: from layouts to tokens.
+      min_area: objects whose box is not larger than this share of the whole image are left out.
+      class_names: of objects, in the order of their numbers; empty where they have numbers only.
+    """
+
+    encoding: LayoutEncoding
+    min_area: float = 0.0
+    class_names: tuple[str, ...] = ()
+
+    name = "layout"
+    feature = "layout"
+    kind = Feature.OBJECTS
+
+    def blank(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Zeros like those of `make` for label maps of a shape (..., H, W)."""
+        return np.zeros((*shape[:-2], self.encoding.length), np.int32)
+
+    def check_example(
+        self, found: tuple[SceneObject, ...], shape: tuple[int, ...], where: str
+    ) -> None:
+        """Raises `DataError` where an object has a label that is no class of the encoding."""
+        del shape
+        last = self.encoding.num_classes - 1
+        for index, item in enumerate(found):
+            if item.label > last:
+                raise DataError(
+                    f"{where}: objects[{index}] has the label {item.label}, but "
+                    f"config.condition.layout.num_classes={last + 1} allows 0 to {last}."
+                )
+
+    def make(
+        self,
+        image: np.ndarray,
+        features: Mapping[str, Any],
+        place: Place,
+        rng: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """int32 (..., n), of `LayoutEncoding.encode`; see `ConditionImage.make`.
+
+        In training, with `rng`, the objects are in a random order, else in that of the data.
+        """
+        del image
+        large = [item for item in features[self.feature] if _area(item) > self.min_area]
+
+        def tokens(crop: Crop) -> np.ndarray:
+            box, kept = crop.box, [item for item in large if overlap(item.box, crop.box) > 0]
+            if len(kept) > self.encoding.max_objects:
+                by_size = sorted(range(len(kept)), key=lambda i: -_area(kept[i]))
+                kept = [kept[i] for i in sorted(by_size[: self.encoding.max_objects])]
+            return self.encoding.encode(Layout(tuple(kept), box), rng, crop.flipped)
+
+        return place.each(tokens)
+
+    def check(self, resolution: int, label_maps: bool) -> None:
+        """Raises `DataError` where the smallest area is no share of an image."""
+        del resolution, label_maps
+        if not 0 <= self.min_area < 1:
+            raise DataError(
+                f"The smallest area of an object is {self.min_area}; it is a share of the image, "
+                "at least 0 and below 1."
+            )
+
+
+def _area(item: SceneObject) -> float:
+    return item.box[2] * item.box[3]
+
+
+ConditionSource = ConditionImage | Coordinates | Layouts
+
+
 def check_conditions(
-    conditions: Iterable[ConditionImage | Coordinates], resolution: int, label_maps: bool
+    conditions: Iterable[ConditionSource], resolution: int, label_maps: bool
 ) -> None:
     """Raises `DataError` where conditions cannot be read beside images.
 
@@ -161,20 +294,20 @@ def check_conditions(
         condition.check(resolution, label_maps)
 
 
-def features_of(conditions: Iterable[ConditionImage | Coordinates]) -> dict[str, bool]:
-    """The features that conditions are read from, and which of them are label maps.
+def features_of(conditions: Iterable[ConditionSource]) -> dict[str, Feature]:
+    """The features that conditions are read from, and what each is.
 
     Raises:
-      DataError: two conditions read one feature in both ways.
+      DataError: two conditions read one feature in two ways.
     """
-    features: dict[str, bool] = {}
+    features: dict[str, Feature] = {}
     for condition in conditions:
         if not condition.feature:
             continue
-        label_map = condition.num_labels > 0
-        if features.setdefault(condition.feature, label_map) != label_map:
+        kind = features.setdefault(condition.feature, condition.kind)
+        if kind != condition.kind:
             raise DataError(
-                f"The feature {condition.feature!r} cannot be a label map for one condition and a "
-                "picture for another."
+                f"The feature {condition.feature!r} cannot be a {kind.value} for one condition and "
+                f"a {condition.kind.value} for another."
             )
     return features

@@ -6,6 +6,7 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
+from vqgan_jax.conditions.derived import depth_picture
 from vqgan_jax.data.errors import DataError, UnreadableImage
 
 # What Pillow raises for damaged files: its plugins differ.
@@ -15,8 +16,10 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombEr
 def decode_image(source: bytes | str | os.PathLike) -> np.ndarray:
     """Decodes an encoded image or an image file to colour.
 
-    The EXIF orientation is applied, transparency is composed on white, 16-bit grey is scaled to
-    8 bits, and every other mode is converted to RGB.
+    The EXIF orientation is applied, transparency is composed on white, and every other mode is
+    converted to RGB. Grey of more than 8 bits is taken for depth or another quantity of any unit,
+    and fills the range: its smallest value in the image becomes 0 and its largest 255, as the
+    reference scales depth.
 
     Returns:
       uint8 (H, W, 3).
@@ -25,13 +28,11 @@ def decode_image(source: bytes | str | os.PathLike) -> np.ndarray:
       UnreadableImage: when it cannot be decoded; the message has a file's path.
     """
     image = _open(source)
-    if image.mode.startswith("I;16"):
-        grey = (np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    if image.mode in ("I", "F"):
-        raise UnreadableImage(
-            f"{_name(source)} has 32-bit pixels of unknown range; convert it to 8 or 16 bits."
-        )
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        try:
+            return depth_picture(np.asarray(image))
+        except ValueError as error:
+            raise UnreadableImage(f"{_name(source)} cannot be used: {error}") from error
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))

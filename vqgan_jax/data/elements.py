@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from vqgan_jax.data.augmentations import AllViews
-from vqgan_jax.data.condition_sources import ConditionImage, Coordinates
+from vqgan_jax.data.condition_sources import ConditionSource
 from vqgan_jax.data.errors import DataError, UnreadableImage
 from vqgan_jax.data.sources import ImageSource
 from vqgan_jax.data.transforms import Transform
@@ -35,7 +35,7 @@ class ReadTransformed:
     source: ImageSource
     transform: Transform | AllViews
     num_labels: int = 0
-    conditions: tuple[ConditionImage | Coordinates, ...] = ()
+    conditions: tuple[ConditionSource, ...] = ()
 
     def blank(self) -> dict[str, Any]:
         """Stands for an example in padding: zeros, and no class."""
@@ -53,7 +53,8 @@ class ReadTransformed:
 
         Raises:
           UnreadableImage: when the image or that of a condition is damaged.
-          DataError: when one of them does not fit the config, or not the other.
+          DataError: when one of them does not fit the config, or not the other, or has wrong
+            objects or keypoints.
         """
         example = self.source.read(index)
         image, features = example["image"], example["features"]
@@ -64,29 +65,15 @@ class ReadTransformed:
             )
         for condition in self.conditions:
             if condition.feature:
-                self._check(condition, features[condition.feature], image.shape, index)
+                where = self.source.describe(index, condition.feature)
+                condition.check_example(features[condition.feature], image.shape, where)
         try:
             place = self.transform.place(*image.shape[:2], rng)
         except DataError as error:
             raise DataError(f"{self.source.describe(index)}: {error}") from error
         image = place.cut(image)
-        made = {c.name: c.make(image, features, place) for c in self.conditions}
+        made = {c.name: c.make(image, features, place, rng) for c in self.conditions}
         return {"image": image, "label": np.int32(example["label"])} | made
-
-    def _check(
-        self, condition: ConditionImage, found: np.ndarray, shape: tuple[int, ...], index: int
-    ) -> None:
-        where = self.source.describe(index, condition.feature)
-        if found.shape[:2] != shape[:2]:
-            raise DataError(
-                f"{where} has {found.shape[1]} x {found.shape[0]} pixels, and its image has "
-                f"{shape[1]} x {shape[0]}; a condition must have its image's size."
-            )
-        if condition.num_labels and found.max() >= condition.num_labels:
-            raise DataError(
-                f"{where} has the label {found.max()}, but the tokenizer of the condition "
-                f"{condition.name} knows 0 to {condition.num_labels - 1}."
-            )
 
     def or_next(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Any]:
         """The example of `index`, or the next one that is not damaged.

@@ -14,19 +14,30 @@ has the place and name of its image, with any of the suffixes:
 
 `image_key="segmentation"` takes these for the images, and as `features` they are read beside them.
 Every image must have one. Classes are those of the images, `town` in the example.
+
+Objects and keypoints in an image are in JSON files in the same way, as `conditions.layout_files`
+and `conditions.keypoint_files` describe them; the names of the objects' classes, one a line in the
+order of their numbers, may be in `classes.txt`:
+
+    PATH/layout/classes.txt    PATH/layout/train/town/a.json    PATH/skeleton/train/town/a.json
 """
 
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-
+from vqgan_jax.conditions.keypoint_files import read_keypoints
+from vqgan_jax.conditions.layout_files import read_objects
 from vqgan_jax.data.decoding import decode_image, decode_label_map
 from vqgan_jax.data.errors import DataError
+from vqgan_jax.data.sources import Feature
 
+CLASSES = "classes.txt"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 HOLD_OUT = 20  # one image of so many is for validation
+_JSON = (".json",)
+_SUFFIXES = {Feature.OBJECTS: _JSON, Feature.KEYPOINTS: _JSON}  # of others, those of images
 _SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
@@ -39,15 +50,15 @@ class FolderSource:
         split: str,
         image_key: str = "image",
         label_map: bool = False,
-        features: Mapping[str, bool] | None = None,
+        features: Mapping[str, Feature] | None = None,
     ) -> None:
         """Lists the folder, without opening the images.
 
-        `features` are others that are read, and whether they are label maps.
+        `features` are others that are read, and what they are.
 
         Raises:
           DataError: when the folder or the split does not exist, or holds no image, or an image has
-            no picture of a feature.
+            no file of a feature, or the names of objects' classes cannot be read.
         """
         root = pathlib.Path(path).expanduser()
         if not root.is_dir():
@@ -70,24 +81,34 @@ class FolderSource:
         images = [path for path, _ in files[split]]
         self._labels = [numbers.get(name, -1) for _, name in files[split]]
         self._paths = {"image": images}  # by feature
-        for key in (image_key, *self._features):
+        self.object_names: tuple[str, ...] = ()
+        for key, kind in {image_key: Feature.PICTURE, **self._features}.items():
             if key != "image":
-                self._paths[key] = _partners(root, folders.get(split), split, key, images)
+                suffixes = _SUFFIXES.get(kind, SUFFIXES)
+                self._paths[key] = _partners(root, folders.get(split), split, key, images, suffixes)
+            if kind is Feature.OBJECTS:
+                self.object_names = _read_names(root / key / CLASSES)
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self._labels)
 
-    def read(self, index: int) -> dict[str, np.ndarray | int]:
+    def read(self, index: int) -> dict[str, Any]:
         """One example, as in `ImageSource.read`."""
 
-        def decode(key: str, label_map: bool) -> np.ndarray:
-            return (decode_label_map if label_map else decode_image)(self._paths[key][index])
+        def read_one(key: str, kind: Feature) -> Any:
+            path = self._paths[key][index]
+            if kind is Feature.OBJECTS:
+                return read_objects(path, self.object_names)
+            if kind is Feature.KEYPOINTS:
+                return read_keypoints(path)
+            return decode_label_map(path) if kind is Feature.LABEL_MAP else decode_image(path)
 
+        kind = Feature.LABEL_MAP if self._label_map else Feature.PICTURE
         return {
-            "image": decode(self._image_key, self._label_map),
+            "image": read_one(self._image_key, kind),
             "label": self._labels[index],
-            "features": {key: decode(key, maps) for key, maps in self._features.items()},
+            "features": {key: read_one(key, kind) for key, kind in self._features.items()},
         }
 
     def describe(self, index: int, feature: str = "") -> str:
@@ -127,30 +148,32 @@ def _partners(
     split: str,
     key: str,
     images: list[str],
+    suffixes: tuple[str, ...],
 ) -> list[str]:
-    """The picture of a feature for each image of a split.
+    """The file of a feature for each image of a split: a picture, or JSON.
 
     Raises:
-      DataError: the folder has no such feature, or an image has no picture.
+      DataError: the folder has no such feature, or an image has no file.
     """
+    what = "JSON file" if suffixes == _JSON else "picture"
     if split_folder is None:
         raise DataError(
-            f"{root} has no pictures of the feature {key!r}: they belong into {root / key}/SPLIT, "
+            f"{root} has no {what}s of the feature {key!r}: they belong into {root / key}/SPLIT, "
             f"beside the images in {root}/SPLIT, where SPLIT is train, validation or test."
         )
     folder = _split_folders(root / key).get(split) if (root / key).is_dir() else None
     if folder is None:
         raise DataError(
-            f"{root} has no pictures of the feature {key!r}: there is no folder "
+            f"{root} has no {what}s of the feature {key!r}: there is no folder "
             f"{root / key / split_folder.name}."
         )
-    found = {_stem(path, folder): path for path, _ in _files({split: folder})[split]}
+    found = {_stem(path, folder): path for path, _ in _files({split: folder}, suffixes)[split]}
     stems = [_stem(path, split_folder) for path in images]
     for stem, image in zip(stems, images, strict=True):
         if stem not in found:
             raise DataError(
-                f"{image} has no picture of the feature {key!r}; it would be {folder / stem} with "
-                f"one of {', '.join(SUFFIXES)}."
+                f"{image} has no {what} of the feature {key!r}; it would be {folder / stem} with "
+                f"{'one of ' if len(suffixes) > 1 else ''}{', '.join(suffixes)}."
             )
     return [found[stem] for stem in stems]
 
@@ -160,8 +183,30 @@ def _stem(path: str, folder: pathlib.Path) -> str:
     return os.path.splitext(path[len(os.fspath(folder)) + 1 :])[0]
 
 
-def _files(folders: dict[str, pathlib.Path]) -> dict[str, list[tuple[str, str]]]:
-    """(path, first sub-folder or "") of the image files under each folder, sorted by path."""
+def _read_names(path: pathlib.Path) -> tuple[str, ...]:
+    """The lines of a file, none where there is no file.
+
+    Raises:
+      DataError: it cannot be read, or has a name twice.
+    """
+    if not path.exists():
+        return ()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    twice = [name for name in names if names.count(name) > 1]
+    if twice or not names:
+        problem = f"has the class {twice[0]!r} twice" if twice else "has no classes"
+        raise DataError(f"{path} {problem}; it must have a name a line, in order of the numbers.")
+    return names
+
+
+def _files(
+    folders: dict[str, pathlib.Path], suffixes: tuple[str, ...] = SUFFIXES
+) -> dict[str, list[tuple[str, str]]]:
+    """(path, first sub-folder or "") of the files under each folder, sorted by path."""
     found = {}
     for split, root in folders.items():
         found[split] = []
@@ -171,7 +216,7 @@ def _files(folders: dict[str, pathlib.Path]) -> dict[str, list[tuple[str, str]]]
             found[split] += [
                 (os.path.join(folder, name), "".join(first))
                 for name in names
-                if name.lower().endswith(SUFFIXES) and name[0] != "."
+                if name.lower().endswith(suffixes) and name[0] != "."
             ]
         found[split].sort()
     return found

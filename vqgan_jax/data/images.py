@@ -10,6 +10,15 @@ def to_float(images: jax.Array | np.ndarray) -> jax.Array:
     return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
+def to_grey(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """uint8 (..., 3) to (..., 1): the luma of ITU-R BT.601, rounded as Pillow does.
+
+    What is grey already stays exactly as it is.
+    """
+    red, green, blue = (images[..., i : i + 1].astype(np.int32) for i in range(3))
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(np.uint8)
+
+
 def to_uint8(images: jax.Array | np.ndarray) -> np.ndarray:
     """Float (..., C) in [-1, 1] to uint8, rounded; values outside the range are clipped."""
     scaled = (np.asarray(images, np.float32) + 1) * 127.5

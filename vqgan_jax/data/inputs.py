@@ -8,12 +8,12 @@ from pathlib import Path, PurePath
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from vqgan_jax.configuration import downsampling_factor
 from vqgan_jax.data.decoding import decode_image, decode_label_map
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.folders import SUFFIXES
+from vqgan_jax.data.images import to_grey
 from vqgan_jax.data.pipeline import evaluation_images
 from vqgan_jax.data.transforms import resize_shorter_side
 
@@ -139,7 +139,7 @@ def _read(
             "each direction. --resize makes it larger."
         )
     if image.ndim == 3 and config.model.in_channels == 1:
-        return np.asarray(Image.fromarray(image).convert("L"))[..., None]
+        return to_grey(image)
     return image
 
 

@@ -8,14 +8,26 @@ import difflib
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from vqgan_jax.conditions.layouts import SceneObject
 from vqgan_jax.data.decoding import decode_image, decode_label_map
 from vqgan_jax.data.earth import prepare_earth, resolve_earth
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.packages import default_data_dir
+from vqgan_jax.data.sources import Feature
+
+# Attributes of objects by the names that data sets have for them.
+_ATTRIBUTES = {
+    "is_group_of": "group",
+    "is_crowd": "group",
+    "is_occluded": "occluded",
+    "is_depiction": "depiction",
+    "is_inside": "inside",
+}
 
 
 class NamedSource:
@@ -27,18 +39,25 @@ class NamedSource:
         split: str,
         image_key: str = "image",
         label_map: bool = False,
-        features: Mapping[str, bool] | None = None,
+        features: Mapping[str, Feature] | None = None,
     ) -> None:
-        """Opens a split; `features` are others that are read, and whether they are label maps.
+        """Opens a split; `features` are others that are read, and what they are.
+
+        Objects are those of the data set's feature with boxes, such as `objects` of `coco/2017` and
+        `bobjects` of `open_images_v4`, whatever their key here.
 
         Raises:
-          DataError: when there is no such split or no such image feature, or when it is a label
-            map and is not to be read as one.
+          DataError: when there is no such split or no such feature, or when it is a label map and
+            is not to be read as one.
         """
         known = builder.info.features
         images = sorted(key for key in known if isinstance(known[key], tfds.features.Image))
         self._features = dict(features or {})
         _check_features(builder, images, image_key, label_map, self._features)
+        self.object_names: tuple[str, ...] = ()
+        if Feature.OBJECTS in self._features.values():
+            self._objects_key, labels = _find_objects(builder)
+            self.object_names = tuple(labels.names or ())
         # Encoded images come as bytes, and those that are not asked for stay so.
         decoders = dict.fromkeys(images, tfds.decode.SkipDecoding())
         try:
@@ -59,20 +78,25 @@ class NamedSource:
         """Number of images."""
         return len(self._examples)
 
-    def read(self, index: int) -> dict[str, np.ndarray | int]:
+    def read(self, index: int) -> dict[str, Any]:
         """One example, as in `ImageSource.read`."""
         example = self._examples[index]
 
-        def decode(key: str, label_map: bool, name: str = "") -> np.ndarray:
+        def read_one(key: str, kind: Feature, name: str = "") -> Any:
+            if kind is Feature.OBJECTS:
+                return _scene_objects(example[self._objects_key])
             try:
-                return (decode_label_map if label_map else decode_image)(example[key])
+                return (decode_label_map if kind is Feature.LABEL_MAP else decode_image)(
+                    example[key]
+                )
             except DataError as error:
                 raise type(error)(f"{self.describe(index, name)}: {error}") from error
 
+        kind = Feature.LABEL_MAP if self._label_map else Feature.PICTURE
         return {
-            "image": decode(self._image_key, self._label_map),
+            "image": read_one(self._image_key, kind),
             "label": int(example["label"]) if self._has_classes else -1,
-            "features": {key: decode(key, maps, key) for key, maps in self._features.items()},
+            "features": {key: read_one(key, kind, key) for key, kind in self._features.items()},
         }
 
     def describe(self, index: int, feature: str = "") -> str:
@@ -85,15 +109,24 @@ def _check_features(
     images: list[str],
     image_key: str,
     label_map: bool,
-    features: Mapping[str, bool],
+    features: Mapping[str, Feature],
 ) -> None:
-    """Raises `DataError` for a feature that is none of `images`, or cannot be read like that."""
+    """Raises `DataError` for a feature that is none of `images`, or cannot be read like that.
+
+    Objects are left to `_find_objects`.
+    """
     if image_key not in images:
         raise DataError(
             f"config.data.image_key is {image_key!r}, but the images of {builder.name} are "
             f"{', '.join(images) or 'none'}."
         )
-    for key in features:
+    images_beside = {k: kind for k, kind in features.items() if kind is not Feature.OBJECTS}
+    for key, kind in images_beside.items():
+        if kind is Feature.KEYPOINTS:
+            raise DataError(
+                f"{builder.name} has no keypoints that can be read; only folders have, as JSON "
+                "files. Set config.data.name=folder:PATH."
+            )
         if key not in images:
             raise DataError(
                 f"The images of {builder.name} that can be conditions are "
@@ -108,10 +141,48 @@ def _check_features(
             f"{image_key!r} of earth is {'a' if needed else 'no'} label map: set "
             f"config.data.num_labels={needed}."
         )
-    for key, maps in features.items():
+    for key, kind in images_beside.items():
+        maps = kind is Feature.LABEL_MAP
         if (key == "segmentation") != maps:
             what = "pictures" if maps else "label maps"
             raise DataError(f"The condition {key!r} of earth needs a tokenizer of {what}.")
+
+
+def _find_objects(
+    builder: tfds.core.DatasetBuilder,
+) -> tuple[str, tfds.features.ClassLabel]:
+    """The key of the feature that has objects with boxes and classes, and these classes.
+
+    Raises:
+      DataError: the data set has no such feature.
+    """
+    for key, feature in builder.info.features.items():
+        if not isinstance(feature, tfds.features.Sequence):
+            continue
+        parts = feature.feature
+        if not isinstance(parts, tfds.features.FeaturesDict) or "bbox" not in parts:
+            continue
+        label = dict(parts).get("label")
+        if isinstance(label, tfds.features.ClassLabel):
+            return key, label
+    raise DataError(
+        f"{builder.name} has no objects with boxes, which the condition layout needs; coco/2017 "
+        "and open_images_v4 have, and folder:PATH with JSON files in PATH/layout."
+    )
+
+
+def _scene_objects(found: Mapping[str, np.ndarray]) -> tuple[SceneObject, ...]:
+    """From boxes (N, 4) of ymin, xmin, ymax, xmax, in shares, and what else there is of objects."""
+    objects = []
+    boxes = np.asarray(found["bbox"], np.float64).reshape(-1, 4)
+    for i, (top, left, bottom, right) in enumerate(boxes.tolist()):
+        # An attribute may also be -1: nobody knows.
+        true = frozenset(
+            name for key, name in _ATTRIBUTES.items() if key in found and found[key][i] > 0
+        )
+        box = (left, top, right - left, bottom - top)
+        objects.append(SceneObject(int(found["label"][i]), box, true))
+    return tuple(objects)
 
 
 def open_builder(

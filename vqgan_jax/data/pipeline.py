@@ -17,12 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from vqgan_jax.data.augmentations import AllViews
-from vqgan_jax.data.condition_sources import (
-    ConditionImage,
-    Coordinates,
-    check_conditions,
-    features_of,
-)
+from vqgan_jax.data.condition_sources import ConditionSource, check_conditions, features_of
 from vqgan_jax.data.elements import (
     DAMAGED_SHARE,
     EvaluationOrder,
@@ -40,7 +35,7 @@ from vqgan_jax.data.transforms import Transform, evaluation_transform, training_
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, jax.Array]
-Conditions = Sequence[ConditionImage | Coordinates]
+Conditions = Sequence[ConditionSource]
 
 
 def training_batches(
@@ -60,8 +55,8 @@ def training_batches(
     Returns:
       An iterator over global arrays of all hosts: `image`, uint8 (B, H, W, 3), or (B, H, W) for
       label maps; `label`, int32 (B,), -1 where there is none; and under its name each condition,
-      uint8 like `image`, or int32 (B, n) for coordinates. Its `close()` ends the threads and
-      processes.
+      uint8 like `image`, or int32 (B, n) for coordinates and layouts. Its `close()` ends the
+      threads and processes.
 
     Raises:
       DataError: for data that cannot be used; while iterating, when more than 1 % of the images

@@ -1,29 +1,46 @@
 """Images by name and index: `earth`, `folder:PATH`, or a tensorflow-datasets name."""
 
+import enum
 import os
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
+
+class Feature(enum.Enum):
+    """What can be read beside an image, and how it is called in messages."""
+
+    PICTURE = "picture"
+    LABEL_MAP = "label map"
+    OBJECTS = "list of objects"
+    KEYPOINTS = "list of keypoints"
 
 
 class ImageSource(Protocol):
-    """Random access to the images of one split; picklable, for worker processes."""
+    """Random access to the images of one split; picklable, for worker processes.
+
+    Attributes:
+      class_names: None where images have no classes.
+      object_names: of the classes of objects; empty where there are none or they have numbers only.
+    """
 
     class_names: tuple[str, ...] | None
+    object_names: tuple[str, ...]
 
     def __len__(self) -> int:
         """Number of images."""
 
-    def read(self, index: int) -> dict[str, np.ndarray | int]:
+    def read(self, index: int) -> dict[str, Any]:
         """One example.
 
         Returns:
           `image`: uint8 (H, W, 3), or (H, W) for a label map; `label`: int, the class or -1;
-          `features`: a dict of the others that were asked for, each as `image`.
+          `features`: a dict of the others that were asked for: pictures and label maps as `image`;
+          objects, a tuple of `SceneObject` in shares of the image; keypoints, float64 (P, N, 3) of
+          people, in pixels of the image.
 
         Raises:
           UnreadableImage: when one of the images is damaged.
+          DataError: when objects or keypoints are not what they should be.
         """
 
     def describe(self, index: int, feature: str = "") -> str:
@@ -37,7 +54,7 @@ def open_source(
     image_key: str = "image",
     resolution: int = 64,
     label_map: bool = False,
-    features: Mapping[str, bool] | None = None,
+    features: Mapping[str, Feature] | None = None,
 ) -> ImageSource:
     """Opens a split of a data set; `earth` is prepared on first use.
 
@@ -50,7 +67,7 @@ def open_source(
         and `elevation`. For what folders have see `folders`.
       resolution: the side of the crops to come; chooses the size of `earth`.
       label_map: whether pixel values are labels, read as (H, W).
-      features: others that are read too, by key, and whether each is a label map.
+      features: others that are read too, by key, and what each is.
 
     Raises:
       DataError: when there is no such data set, split or feature.

@@ -1,13 +1,14 @@
 """Resizing, cropping and flipping of uint8 arrays, for pictures (H, W, 3) and label maps (H, W)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
 from vqgan_jax.conditions.coordinates import coordinate_tokens
+from vqgan_jax.conditions.layouts import Box
 from vqgan_jax.data.errors import DataError
 
 
@@ -40,6 +41,7 @@ class Crop:
     """A square of a scaled image: the same one of every picture that shows the same.
 
     Attributes:
+      original: height and width of the image before it was scaled.
       whole: height and width of the scaled image.
       top: its first row.
       left: its first column.
@@ -47,6 +49,7 @@ class Crop:
       flipped: mirrored left and right.
     """
 
+    original: tuple[int, int]
     whole: tuple[int, int]
     top: int
     left: int
@@ -56,6 +59,28 @@ class Crop:
     def cut(self, image: np.ndarray) -> np.ndarray:
         """uint8 (H, W, 3), or (H, W) for label maps, to (side, side, ...)."""
         return cut_all(image, [self])[0]
+
+    def each(self, function: Callable[["Crop"], np.ndarray]) -> np.ndarray:
+        """What a function gives for the crop; for `Crops`, what it gives for each of several."""
+        return function(self)
+
+    @property
+    def box(self) -> Box:
+        """The part of the whole, in shares of its width and height, before the mirroring."""
+        height, width = self.whole
+        return self.left / width, self.top / height, self.side / width, self.side / height
+
+    def points(self, points: np.ndarray) -> np.ndarray:
+        """Where points of the image before it was scaled lie in the crop before the mirroring.
+
+        Args:
+          points: (..., 2), x and y in pixels from the centre of the upper left pixel.
+
+        Returns:
+          The same of the crop; what lies outside of it has other numbers than 0 to side - 1.
+        """
+        scale = np.array(self.whole[::-1]) / np.array(self.original[::-1])
+        return (points + 0.5) * scale - 0.5 - (self.left, self.top)
 
     def coordinates(self, factor: int, intervals: int) -> np.ndarray:
         """`coordinate_tokens` of where the crop lies in the whole, mirrored with it: int32 (n,).
@@ -106,6 +131,7 @@ class Transform:
         Raises:
           DataError: when the image is smaller than the crop, which only `resize=-1` allows.
         """
+        original = height, width
         if self.resize > 0:
             height, width = _scaled_shape(height, width, self.resize)
         if min(height, width) < self.resolution:
@@ -120,7 +146,7 @@ class Transform:
         else:
             top, left = rows // 2, columns // 2
         flipped = self.random_flip and bool(rng.random() < 0.5)
-        return Crop((height, width), top, left, self.resolution, flipped)
+        return Crop(original, (height, width), top, left, self.resolution, flipped)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Transforms one image, uint8 (H, W, 3), or (H, W) for a label map; see `place`."""

@@ -2,8 +2,8 @@
 
 One file holds all stages: `transformer.*` is the GPT, `first_stage_model.*` the tokenizer, and
 `cond_stage_model.*` the tokenizer of condition images; other conditions have no tensors of their
-own. `taming_transformer_yaml.py` reads the yaml, without which the number of heads and what the
-condition is would not be known.
+own. `permuter.*` is an order of codes other than row by row. `taming_transformer_yaml.py` reads the
+yaml, without which the number of heads and what the condition is would not be known.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from vqgan_jax.interop.taming_gpt import (
     state_dict_from_gpt_params,
 )
 from vqgan_jax.interop.taming_options import ConversionError
+from vqgan_jax.interop.taming_permuters import PERMUTER, check_buffers, permuter_buffers
 from vqgan_jax.interop.taming_transformer_yaml import TransformerDescription
 
 _GPT = "transformer."
 _FIRST_STAGE = "first_stage_model."
 _CONDITION_STAGE = "cond_stage_model."
-_PERMUTER = "permuter."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +69,7 @@ def transformer_state_dict_of(checkpoint: Mapping) -> dict[str, np.ndarray]:
                 f"The checkpoint holds no transformer with its tokenizer: it has no tensors "
                 f"{part}*; it has {taming.some(map(str, tensors or checkpoint))}."
             )
-    if any(name.startswith(_PERMUTER) for name in tensors):
-        raise ConversionError(
-            f"The checkpoint has an order of codes other than that of rows ({_PERMUTER}*) and the "
-            "yaml describes none: they do not belong together."
-        )
-    known = (_GPT, _FIRST_STAGE, _CONDITION_STAGE)
+    known = (_GPT, _FIRST_STAGE, _CONDITION_STAGE, PERMUTER)
     unknown = [name for name in tensors if not name.startswith(known)]
     if unknown:
         raise ConversionError(f"The checkpoint has unknown tensors: {taming.some(unknown)}.")
@@ -101,6 +96,7 @@ def transformer_from_state_dict(
         if name.startswith(_GPT) and not name.endswith(".attn.mask")
     }
     _check_sizes(gpt, description)
+    check_buffers(state_dict, config.model)
     params = gpt_params_from_state_dict(gpt)
     taming.check_finite({".".join(path): leaf for path, leaf in flatten_dict(params).items()})
 
@@ -229,6 +225,7 @@ def state_dict_from_transformer(
     return (
         gpt
         | gpt_masks(model.num_layers, block_size, model.num_unmasked)
+        | permuter_buffers(model)
         | {
             stage + name: value
             for stage, tensors in stages.items()

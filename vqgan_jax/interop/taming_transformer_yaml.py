@@ -34,6 +34,7 @@ from vqgan_jax.interop.taming_options import (
     read_yaml,
     values,
 )
+from vqgan_jax.interop.taming_permuters import assign_order, permuter_options
 from vqgan_jax.interop.taming_yaml import config_from_yaml, reference_class, yaml_from_config
 from vqgan_jax.training.learner import sequence_length
 
@@ -110,7 +111,6 @@ def transformer_from_yaml(source: Mapping | str | os.PathLike) -> TransformerDes
     if not is_transformer(project):
         raise ConversionError(f"model.target is {description['target']}, and not a {_CLASS}.")
     params = part(description, "params", "model.params")
-    _require_row_order(params)
     tokenizer = _first_stage(part(params, "first_stage_config", "first_stage_config"))
     gpt = _gpt_options(params)
 
@@ -125,6 +125,7 @@ def transformer_from_yaml(source: Mapping | str | os.PathLike) -> TransformerDes
     data = part(part(project, "data", "data", {}), "params", "data.params", {})
     of_conditions = assign_condition(config, params, data, tokenizer)
     _assign_grid(config, tokenizer, of_conditions)
+    assign_order(config.model, params)
     assign_table(config, vocab_size)
     _check_gpt(config)
     assign(config, description, _RATE, "model")
@@ -132,15 +133,6 @@ def transformer_from_yaml(source: Mapping | str | os.PathLike) -> TransformerDes
     config.tokenizer.path = "tokenizer"  # within the export
     validate(config)
     return TransformerDescription(config, tokenizer, of_conditions, vocab_size)
-
-
-def _require_row_order(params: Mapping) -> None:
-    permuter = part(params, "permuter_config", "permuter_config", {"target": "Identity"})
-    if class_name(permuter) not in ("Identity", ""):
-        raise ConversionError(
-            f"permuter_config.target is {permuter['target']}: codes in another order than that of "
-            "rows (Identity) are not supported."
-        )
 
 
 def _first_stage(description: Mapping) -> ConfigDict:
@@ -231,6 +223,7 @@ def yaml_from_transformer(
         "transformer_config": {"target": _GPT, "params": sizes},
         "first_stage_config": {key: first_stage[key] for key in ("target", "params")},
     }
+    params |= permuter_options(model)
     params |= condition_options(config, downsampling_factor(tokenizer.model), of_conditions)
     options = config.optimizer
     rate = options.learning_rate / config.training.batch_size or options.base_learning_rate

@@ -5,17 +5,20 @@ GELU) and, by its options, the form that later systems converged on: RMSNorm ("R
 Layer Normalization", Zhang and Sennrich 2019), SwiGLU ("GLU Variants Improve Transformer", Shazeer
 2020), rotary positions, normalised queries and keys, grouped queries.
 
-A sequence is `num_conditions` condition tokens and then the codes of a grid, row by row; each code
-is predicted from all that stands before it.
+A sequence is `num_conditions` condition tokens and then the codes of a grid, in the model's order;
+each code is predicted from all that stands before it. Outside of the model codes are row by row:
+where its order is another one, only this module and cached decoding know.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqgan_jax.models.attention import Linear, SelfAttention
 from vqgan_jax.models.layers import at_least_float32
 from vqgan_jax.models.operations import normalize_tokens
+from vqgan_jax.models.orders import ROW_MAJOR, Permutation, permutation
 from vqgan_jax.models.positions import rotary_angles
 
 
@@ -114,7 +117,9 @@ class Transformer(nn.Module):
 
     Attributes:
         codebook_size: codes there are to predict.
-        grid: rows and columns of codes, for rotary positions.
+        grid: rows and columns of codes, for rotary positions and orders.
+        order: of the codes, one of `orders.ORDERS`. Learned positions are those in the sequence,
+            rotary positions those in the grid.
         num_conditions: condition tokens in front of the codes, at least 1.
         condition_shapes: for rotary positions, of which kinds these are, `(n,)` or
             `(rows, columns)` over the image; empty where each is one by itself.
@@ -164,6 +169,7 @@ class Transformer(nn.Module):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     condition_shapes: tuple[tuple[int, ...], ...] = ()
+    order: str = ROW_MAJOR
 
     def setup(self):
         init = nn.initializers.normal(0.02)
@@ -205,26 +211,29 @@ class Transformer(nn.Module):
         )
 
     def __call__(self, conditions, codes, train: bool = False):
-        """Logits of each code, given the conditions and the codes before it.
+        """Logits of each code, given the conditions and the codes before it in the model's order.
 
         Args:
             conditions: `(B, num_conditions)` int.
-            codes: `(B, N)` int, in the order of rows; the last is not looked at.
+            codes: `(B, N)` int, row by row; the last of the order is not looked at.
             train: whether dropout is on.
 
         Returns:
-            `(B, N, codebook_size)` float32 or wider.
+            `(B, N, codebook_size)` float32 or wider, row by row.
         """
-        x = self._hidden(conditions, codes[:, :-1], train)
-        return self.logits(x[:, conditions.shape[1] - 1 :])
+        order = self.permutation()
+        if order is not None:
+            codes = codes[:, order.forward]
+        x = self._hidden(conditions, codes[:, :-1], train)[:, conditions.shape[1] - 1 :]
+        return self.logits(x if order is None else x[:, order.inverse])
 
     def code_logits(self, conditions, codes, n):
         """Logits of one code of each sequence, given the conditions and the codes before it.
 
         Args:
             conditions: `(B, num_conditions)` int.
-            codes: `(B, N)` int, the first ones of a grid in the order of rows; those from number
-                `n` on are not looked at.
+            codes: `(B, N)` int, the first ones of the sequence; those from number `n` on are not
+                looked at.
             n: `(B,)` int, the codes' numbers, at most N.
 
         Returns:
@@ -250,20 +259,31 @@ class Transformer(nn.Module):
         return self._with_positions(table(conditions), 0)
 
     def embed_codes(self, codes, first: int | jax.Array = 0):
-        """`(B, n)` int, the codes from number `first` on -> `(B, n, width)` with positions."""
+        """Codes of the sequence, as `embed_conditions`: `(B, n)` int, from number `first` on."""
         return self._with_positions(self.code_embedding(codes), self.num_conditions + first)
 
     def logits(self, x):
         """Hidden values `(..., width)` -> logits, float32 or wider."""
         return at_least_float32(self.head(self.norm_out(x)))
 
+    def permutation(self) -> Permutation | None:
+        """Between codes row by row and the sequence; None where they are the same."""
+        return None if self.order == ROW_MAJOR else permutation(self.order, *self.grid)
+
     def angles(self):
-        """Rotary angles of all tokens `(num_conditions + N, head_dim / 2)`; None where learned."""
+        """Rotary angles of the sequence `(num_conditions + N, head_dim / 2)`; None where learned.
+
+        Those of a code are of its place in the grid.
+        """
         if self.positions != "rotary":
             return None
         head_dim = self.width // self.num_heads
         shapes = self.condition_shapes or ((1,),) * self.num_conditions
-        return rotary_angles(self.grid, shapes, head_dim)
+        angles, order = rotary_angles(self.grid, shapes, head_dim), self.permutation()
+        if order is not None:
+            codes = angles[self.num_conditions :][order.forward]
+            angles = np.concatenate([angles[: self.num_conditions], codes])
+        return angles
 
     def _hidden(self, conditions, codes, train):
         code_tokens = self.embed_codes(codes)

@@ -28,7 +28,8 @@ def sample_codes(
 ) -> jax.Array:
     """Codes drawn one after the other, each from the model's distribution given those before.
 
-    The noise at a position of a sample depends on `key`, the sample's index and the position alone.
+    They are drawn in the model's order, and given and returned row by row. The noise at a place of
+    a sample depends on `key`, the sample's index and the place alone.
 
     Args:
         transformer: the module.
@@ -40,7 +41,8 @@ def sample_codes(
         known: `(B, N)` int, codes that are given.
         known_mask: `(B, N)` bool, where they are.
         null_conditions: as `conditions`, for guidance: what stands for no condition.
-        scales: `(N,)`, the guidance scale at each code; with `null_conditions`.
+        scales: `(N,)`, the guidance scale of the first code that is drawn, the second, and so on;
+            with `null_conditions`.
 
     Returns:
         `(B, N)` int32.
@@ -51,16 +53,19 @@ def sample_codes(
     step = CachedStep(transformer, params)
     num_conditions, num_codes = conditions.shape[1], known.shape[1]
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+    places = _places(transformer, num_codes)
 
-    def choose(n, logits):
+    def choose(n, logits, codes):
+        """Code number `n` of the sequence, and all codes with it in its place."""
+        place = places[n]
         logits = guide(logits, scales[n]) if guided else logits
-        drawn = draw(logits, filters, jax.vmap(lambda key: jax.random.fold_in(key, n))(keys))
-        return jnp.where(known_mask[:, n], known[:, n], drawn)
+        drawn = draw(logits, filters, jax.vmap(lambda key: jax.random.fold_in(key, place))(keys))
+        code = jnp.where(known_mask[:, place], known[:, place], drawn)
+        return code, codes.at[:, place].set(code)
 
     def decode_one(n, carry):
         cache, logits, codes = carry
-        code = choose(n, logits)
-        codes = codes.at[:, n].set(code)
+        code, codes = choose(n, logits, codes)
         logits, cache = step(cache, jnp.tile(code, 1 + guided), n)
         return cache, logits, codes
 
@@ -72,25 +77,33 @@ def sample_codes(
         carry = step.grown(cache, num_conditions + last), *rest
         carry = jax.lax.fori_loop(first, last, decode_one, carry)
     _, logits, codes = carry
-    return codes.at[:, -1].set(choose(num_codes - 1, logits))
+    return choose(num_codes - 1, logits, codes)[1]
+
+
+def _places(transformer: Transformer, num_codes: int) -> jax.Array:
+    """Where row by row each code of the sequence stands, `(num_codes,)`."""
+    order = transformer.permutation()
+    return jnp.arange(num_codes) if order is None else jnp.asarray(order.forward)
 
 
 def step_logits(transformer: Transformer, params, conditions, codes) -> jax.Array:
     """The logits that cached decoding sees when it is led along `codes`: `(B, N, K)`.
 
-    The same numbers as the full forward pass gives, one position at a time.
+    The same numbers as the full forward pass gives, one position at a time; both row by row.
     """
     step = CachedStep(transformer, params)
     num_conditions, num_codes = conditions.shape[1], codes.shape[1]
     logits, cache = step.prefill(conditions)
     cache = step.grown(cache, num_conditions + num_codes)
+    places = _places(transformer, num_codes)
 
     def along(cache, n):
-        logits, cache = step(cache, codes[:, n], n)
+        logits, cache = step(cache, codes[:, places[n]], n)
         return cache, logits
 
     _, rest = jax.lax.scan(along, cache, jnp.arange(num_codes - 1))
-    return jnp.concatenate([logits[:, None], rest.swapaxes(0, 1)], axis=1)
+    in_order = jnp.concatenate([logits[:, None], rest.swapaxes(0, 1)], axis=1)
+    return jnp.zeros_like(in_order).at[:, places].set(in_order)
 
 
 class CachedStep:
@@ -126,7 +139,7 @@ class CachedStep:
         return jax.tree.map(grow, cache)
 
     def __call__(self, cache, code, n):
-        """Takes in code number `n`, `(B,)`; the logits of the next one `(B, K)`, and the cache."""
+        """Takes in code number `n` of the sequence, `(B,)`; logits of the next `(B, K)`, cache."""
         index = self._transformer.num_conditions + n
         angles = None
         if self._angles is not None:

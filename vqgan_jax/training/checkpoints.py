@@ -129,8 +129,11 @@ class Checkpoints:
 
     def _check_compatible(self, step: int, abstract_state: Any) -> None:
         """Raises `CheckpointError` where the stored state is whole, but another config's."""
-        stored = json.loads((self._directory / str(step) / "config" / "metadata").read_text())
-        ours = json.loads(configuration.to_json(self._config))
+        text = (self._directory / str(step) / "config" / "metadata").read_text()
+        stored, ours = (  # both with the keys that are newer than what is stored
+            json.loads(configuration.to_json(config))
+            for config in (configuration.from_json(text), self._config)
+        )
         for section in ("stage", "model"):
             if stored.get(section) != ours[section]:
                 raise CheckpointError(

@@ -35,7 +35,7 @@ def discriminator_step(
 
     def micro_batch(running, batch, index):
         images, reconstructions = batch
-        images = prepare_images(game.config.data, images)
+        images = prepare_images(game.config, images)
         if game.config.discriminator.refresh_reconstruction:
             reconstructions = _refreshed(game, state, images, index)
         return discriminator_gradients(game, state, step, running, images, reconstructions)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vqgan_jax.data.code_manifest import ConditionInfo
-from vqgan_jax.data.condition_sources import ConditionImage, Coordinates
+from vqgan_jax.data.condition_sources import ConditionSource, Layouts
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.inference import Tokenizer
 from vqgan_jax.training.compilation import compile_options
@@ -18,13 +18,22 @@ from vqgan_jax.training.images import prepare_images
 
 def encode_raw(tokenizer: Tokenizer, variables, raw: jax.Array) -> jax.Array:
     """Raw images or label maps `(B, ...)` -> codes `(B, h * w)` int32, in the order of rows."""
-    images = prepare_images(tokenizer.config.data, raw)
+    images = prepare_images(tokenizer.config, raw)
     codes = tokenizer.module.apply(variables, images, method="encode")
     return codes.reshape(len(codes), -1)
 
 
+def check_channels(what: str, tokenizer: Tokenizer) -> None:
+    """Raises `DataError` where a tokenizer takes other images than data sets have."""
+    channels = tokenizer.config.model.in_channels
+    if tokenizer.config.data.num_labels == 0 and channels not in (1, 3):
+        raise DataError(
+            f"The {what} takes {channels} channels; pictures have 3, or are read as grey for 1."
+        )
+
+
 def describe_condition(
-    condition: ConditionImage | Coordinates, resolution: int, tokenizer: Tokenizer | None = None
+    condition: ConditionSource, resolution: int, tokenizer: Tokenizer | None = None
 ) -> ConditionInfo:
     """All that determines a condition's tokens, as it stands beside codes on disk.
 
@@ -36,6 +45,10 @@ def describe_condition(
     Raises:
         DataError: the tokenizer's factor does not divide the resolution.
     """
+    if isinstance(condition, Layouts):
+        return ConditionInfo.of_layout(
+            condition.encoding, condition.min_area, condition.class_names
+        )
     factor = condition.factor if tokenizer is None else tokenizer.factor
     if resolution % factor:
         raise DataError(

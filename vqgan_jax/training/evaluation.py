@@ -64,7 +64,7 @@ def evaluation_step(game: Game, variables, perceptual_params, images, mask):
     Returns:
         Sums by name, the number of images that count under "images"; and `(K,)` code counts.
     """
-    images = prepare_images(game.config.data, images)
+    images = prepare_images(game.config, images)
     reconstructions, quantized = game.tokenizer.apply(variables, images)
     figures = reconstruction_figures(game, perceptual_params, images, reconstructions)
     sums = {name: jnp.sum(jnp.where(mask > 0, value, 0.0)) for name, value in figures.items()}

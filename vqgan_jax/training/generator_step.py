@@ -38,7 +38,7 @@ def generator_step(game: Game, state: TokenizerState, images, perceptual_params,
     generator, discriminator = state.generator, state.discriminator
 
     def micro_batch(running, images, index):
-        images = prepare_images(game.config.data, images)
+        images = prepare_images(game.config, images)
         return generator_gradients(game, state, running, images, index, perceptual_params, playing)
 
     running = Running(generator.codebook, discriminator.batch_stats if discriminator else {})

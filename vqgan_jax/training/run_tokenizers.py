@@ -20,6 +20,7 @@ from vqgan_jax.training.checkpoints import (
     condition_folder,
     write_export,
 )
+from vqgan_jax.training.encoding import check_channels
 
 
 def tokenizers_of_run(
@@ -30,6 +31,7 @@ def tokenizers_of_run(
     Raises:
         CheckpointError: one does not exist.
         ConfigError: the run was begun with another one, from another path.
+        DataError: one takes other images than data sets have.
     """
     begun = {}
     if (workdir / CONFIG_FILE).exists():
@@ -52,6 +54,9 @@ def tokenizers_of_run(
         for name in config.condition.kinds
         if name in images
     }
+    check_channels("tokenizer", tokenizer)
+    for name, own in of_conditions.items():
+        check_channels(f"tokenizer of the condition {name}", own)
     return tokenizer, of_conditions
 
 

@@ -69,12 +69,12 @@ class TokenizerStage:
         self._judge = compiled(functools.partial(evaluation_step, self._game))
         self._reconstruct = compiled(
             lambda variables, images: self._game.tokenizer.apply(
-                variables, prepare_images(config.data, images)
+                variables, prepare_images(config, images)
             )[0]
         )
 
     def _init(self, images):
-        return self._game.init(prepare_images(self.config.data, images))
+        return self._game.init(prepare_images(self.config, images))
 
     def batches(self, start_step: int) -> Iterator:
         """Batches for the steps from `start_step` on; its `close()` ends their threads."""
@@ -121,7 +121,7 @@ class TokenizerStage:
         images = jax.device_put(self._pictured, self._whole)
         reconstructions = self._reconstruct(state.generator.inference_variables, images)
         return side_by_side(
-            *jax.device_get((prepare_images(self.config.data, images), reconstructions)),
+            *jax.device_get((prepare_images(self.config, images), reconstructions)),
             enlarge=max(1, 128 // self.config.model.resolution),
             label_maps=self.config.data.num_labels > 0,
         )

@@ -1,4 +1,4 @@
-"""Orders in which a transformer sees the codes of a grid, other than row by row.
+"""Orders in which a transformer predicts the codes of a grid.
 
 Esser et al. (2021) compare them in section 4.1 and appendix B: row by row is the best.
 """
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+
+ROW_MAJOR = "row_major"
 
 
 class Permutation(NamedTuple):
@@ -108,7 +110,7 @@ def _is_power_of_two(number: int) -> bool:
 # The reference calls them Identity, AlternateParsing, Subsample, ZCurve, SpiralOut, SpiralIn and
 # Random; all are equal to its.
 ORDERS: dict[str, Callable[[int, int], np.ndarray]] = {
-    "row_major": _row_major,
+    ROW_MAJOR: _row_major,
     "alternate": _alternate,
     "subsample": _subsample,
     "z_curve": _z_curve,
