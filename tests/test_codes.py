@@ -310,10 +310,10 @@ def test_conditions_are_of_the_same_image_and_view(tmp_path):
 
 
 def test_codes_of_the_first_version_are_read(directory, copy):
-    """They had no conditions, and neither had a pass that was under way."""
+    """They had no conditions and no depth, and neither had a pass that was under way."""
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest.pop("conditions") == []
+    assert manifest.pop("conditions") == [] and manifest.pop("depth") == 1
     for shard in manifest["shards"]:
         assert shard.pop("conditions") == {}
     path.write_text(json.dumps(manifest | {"version": 1}, indent=1))
@@ -324,7 +324,7 @@ def test_codes_of_the_first_version_are_read(directory, copy):
     writer.begin()
     plan = copy / "partial" / "plan.json"
     values = json.loads(plan.read_text())
-    del values["conditions"]
+    del values["conditions"], values["depth"]
     plan.write_text(json.dumps(values | {"version": 1}))
     assert CodeWriter(copy, FACTS).unfinished() == [3]
     write(copy)
@@ -449,8 +449,8 @@ def test_manifests_that_cannot_be_used(copy, tmp_path):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
         return str(error.value)
 
-    line = refused(json.dumps(good | {"version": 3}))
-    assert "version 3; this program reads versions 1 to 2" in line
+    line = refused(json.dumps(good | {"version": 4}))
+    assert "version 4; this program reads versions 1 to 3" in line
     assert "is damaged" in refused(json.dumps(good | {"conditions": [{"name": "edges"}]}))
     assert "describes no codes" in refused(json.dumps({"a": 1}))
     assert "is damaged" in refused("{")

@@ -143,6 +143,12 @@ def test_defaults_are_the_f16_model_of_the_paper():
     [
         ("model.quantizer.kind", "vector", "'vector'; it must be one of nearest, ema, gumbel"),
         ("model.dtype", "float16", "'float16'; it must be one of auto, float32, bfloat16"),
+        ("discriminator.kind", "dino", "'dino'; it must be one of patch, stylegan"),
+        ("discriminator.group_size", 0, "is 0; it must be positive"),
+        ("discriminator.r1_interval", 0, "is 0; it must be positive"),
+        ("loss.logit_laplace", 0.1, "set config.model.logit_laplace"),
+        ("optimizer.first_moment", "int8", "float32, bfloat16"),
+        ("optimizer.decay_start", -1, "before the end of the warm-up"),
         ("discriminator.norm", "layer", "'layer'; it must be one of batch, act, group"),
         ("discriminator.loss", "wasserstein", "hinge, vanilla, non_saturating"),
         ("loss.perceptual_network.backbone", "resnet", "vgg16, alexnet"),

@@ -7,14 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import tiny
+from vqgan_jax.configuration import validate
 from vqgan_jax.losses import adversarial, quantization, reconstruction
+from vqgan_jax.models.logit_laplace import to_images
 from vqgan_jax.models.quantizers import Quantized
+from vqgan_jax.training.evaluation import evaluation_step
 from vqgan_jax.training.game import Game
 from vqgan_jax.training.generator_step import Running, generator_gradients
 from vqgan_jax.training.objectives import quantization_objective, weighted_sum
+from vqgan_jax.training.sharding import make_mesh
 from vqgan_jax.training.states import TokenizerState
+from vqgan_jax.training.tokenizer_stage import perceptual_parameters
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -42,6 +48,123 @@ def test_binary_cross_entropy_is_the_definition_and_finite_for_large_logits():
     close(reconstruction.binary_cross_entropy(labels, logits.astype(np.float32)), expected)
     far = np.where(labels > 0, -1e4, 1e4).astype(np.float32)
     close(reconstruction.binary_cross_entropy(labels, far), 1e4)
+
+
+def laplace_inputs():
+    images = np.random.default_rng(2).uniform(-1, 1, (2, 4, 5, 3))
+    images[0, 0] = np.array([[-1.0], [1.0], [0.0], [-1.0], [1.0]])
+    return images, normal(2, 4, 5, 6, seed=3).astype(np.float64)
+
+
+def test_logit_laplace_is_the_density_of_its_authors():
+    """-log of p(x) = exp(-|logit x - mu| / b) / (2 b x (1 - x)), x = 0.8 (image + 1) / 2 + 0.1."""
+    images, output = laplace_inputs()
+    x = 0.8 * (images + 1) / 2 + 0.1
+    mu, b = output[..., :3], np.exp(output[..., 3:])
+    density = np.exp(-np.abs(np.log(x / (1 - x)) - mu) / b) / (2 * b * x * (1 - x))
+    found = reconstruction.logit_laplace(images.astype(np.float32), output.astype(np.float32))
+    np.testing.assert_allclose(found, -np.log(density), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mu", "log_b"), [(0.0, 0.0), (-1.5, -1.0), (0.7, 0.3)])
+def test_logit_laplace_integrates_to_one(float64, mu, log_b):
+    """Over x from 0 to 1; from 0.1 to 0.9, where images lie, to what the Laplace law gives."""
+    unit = (np.arange(200_000) + 0.5) / 200_000
+    images = jnp.asarray((unit - 0.1) / 0.8 * 2 - 1)[:, None]
+    output = jnp.broadcast_to(jnp.asarray([mu, log_b]), (len(unit), 2))
+    density = np.exp(-np.asarray(reconstruction.logit_laplace(images, output)))[:, 0]
+    inside = density[(unit > 0.1) & (unit < 0.9)]
+    edges = scipy.stats.laplace(mu, np.exp(log_b)).cdf([-np.log(9), np.log(9)])
+    np.testing.assert_allclose(inside.sum() / 200_000, edges[1] - edges[0], rtol=1e-3)
+    np.testing.assert_allclose(density.sum() / 200_000, 1.0, rtol=2e-3)
+
+
+def test_images_of_a_logit_laplace_distribution():
+    images, output = laplace_inputs()
+    x = 0.8 * (images + 1) / 2 + 0.1
+    exact = np.concatenate([np.log(x / (1 - x)), output[..., 3:]], axis=-1)
+    np.testing.assert_allclose(to_images(exact.astype(np.float32)), images, atol=1e-6)
+    sigmoid = 1 / (1 + np.exp(-3 * output[..., :3]))
+    expected = np.clip((sigmoid - 0.1) / 0.8, 0, 1) * 2 - 1
+    found = to_images((3 * output).astype(np.float32))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert found.min() == -1.0 and found.max() == 1.0
+
+
+def test_generator_gradients_of_the_losses_of_vit_vqgan():
+    """L_2, logit-Laplace and a non-saturating game of fixed weight, against their plain sum."""
+    config = tiny.config_of_tiny_model()
+    config.model.logit_laplace = True
+    config.loss.update(l1=0.0, l2=1.0, perceptual=0.0, logit_laplace=0.1, legacy_codebook=False)
+    config.discriminator.update(start=0, weight=0.1, adaptive_weight=False, loss="non_saturating")
+    validate(config)
+    game = dataclasses.replace(Game.from_config(config), discriminator=QuadraticCritic())
+    images = jnp.asarray(tiny.random_images(2, 8, 8, 3))
+    variables = tiny.initial_variables(config)
+    critic = game.discriminator.init(jax.random.key(1), images)
+    state = TokenizerState(
+        jnp.zeros((), jnp.int32), game.init_generator(variables), game.init_discriminator(critic)
+    )
+    _, gradients, metrics, _ = jax.jit(
+        lambda state, images: generator_gradients(
+            game, state, Running({}, {}), images, 0, None, playing=True
+        )
+    )(state, images)
+
+    def total(params):
+        output, quantized = game.tokenizer.apply(
+            {"params": params}, images, train=True, method="predict"
+        )
+        mu, log_b = output[..., :3], output[..., 3:]
+        made = jnp.clip((jax.nn.sigmoid(mu) - 0.1) / 0.8, 0, 1) * 2 - 1
+        x = 0.4 * images + 0.5
+        distance = jnp.abs(jnp.log(x) - jnp.log(1 - x) - mu) / jnp.exp(log_b)
+        z, e = quantized.latents, quantized.vectors
+        sg = jax.lax.stop_gradient
+        return (
+            jnp.mean((made - images) ** 2)
+            + 0.1 * jnp.mean(distance + log_b + jnp.log(2 * x * (1 - x)))
+            + 0.1 * jnp.mean(jnp.log1p(jnp.exp(-game.discriminator.apply(critic, made))))
+            + jnp.mean((sg(z) - e) ** 2)
+            + 0.25 * jnp.mean((z - sg(e)) ** 2)
+        )
+
+    value, expected = jax.jit(jax.value_and_grad(total))(state.generator.params)
+    close(metrics["loss/total"], value)
+    close(metrics["weighted/logit_laplace"], 0.1 * metrics["raw/logit_laplace"])
+    for name, leaf in tiny.leaves(expected).items():
+        atol = 1e-4 * max(np.abs(leaf).max(), 1e-3)
+        found = tiny.leaves(gradients)[name]
+        np.testing.assert_allclose(found, leaf, rtol=1e-3, atol=atol, err_msg=name)
+
+
+def test_evaluation_has_the_logit_laplace_term():
+    config = tiny.config_of_tiny_model()
+    config.model.logit_laplace = True
+    config.loss.update(l1=0.0, l2=1.0, perceptual=0.0, logit_laplace=0.1)
+    game = Game.from_config(config)
+    variables, images = tiny.initial_variables(config), tiny.random_images(2, 16, 16, 3)
+    judge = jax.jit(lambda *arguments: evaluation_step(game, variables, None, *arguments))
+    sums, _ = judge(images, jnp.ones(2))
+    predict = jax.jit(lambda images: game.tokenizer.apply(variables, images, method="predict")[0])
+    output = np.asarray(predict(images), np.float64)
+    x, mu, log_b = 0.4 * images + 0.5, output[..., :3], output[..., 3:]
+    nats = np.abs(np.log(x / (1 - x)) - mu) / np.exp(log_b) + log_b + np.log(2 * x * (1 - x))
+    np.testing.assert_allclose(sums["logit_laplace"] / 2, nats.mean(), rtol=1e-4)
+    np.testing.assert_allclose(
+        sums["reconstruction_loss"], sums["l2"] + 0.1 * sums["logit_laplace"], rtol=1e-5
+    )
+
+
+def test_no_perceptual_weights_are_loaded_without_the_perceptual_loss(tmp_path):
+    config = tiny.config_of_tiny_model()
+    config.loss.perceptual_network.path = str(tmp_path / "none")
+    config.loss.perceptual_network.sha256 = "0" * 64
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with pytest.raises((OSError, ValueError), match="none"):
+        perceptual_parameters(Game.from_config(config), mesh)
+    config.loss.perceptual = 0.0
+    assert perceptual_parameters(Game.from_config(config), mesh) is None
 
 
 # ---- Quantisation.
@@ -101,7 +224,7 @@ def softplus(x):
         (
             "non_saturating",
             softplus(-FAKE).mean(),
-            (softplus(-REAL).mean() + softplus(FAKE).mean()) / 2,
+            softplus(-REAL).mean() + softplus(FAKE).mean(),
         ),
     ],
 )
@@ -110,7 +233,9 @@ def test_adversarial_losses(kind, generator, discriminator):
     close(adversarial.discriminator_loss(kind, REAL, FAKE), discriminator)
 
 
-@pytest.mark.parametrize(("kind", "value"), [("hinge", 1.0), ("vanilla", np.log(2))])
+@pytest.mark.parametrize(
+    ("kind", "value"), [("hinge", 1.0), ("vanilla", np.log(2)), ("non_saturating", np.log(4))]
+)
 def test_undecided_discriminator(kind, value):
     close(adversarial.discriminator_loss(kind, jnp.zeros(5), jnp.zeros(5)), value)
 

@@ -52,6 +52,53 @@ def test_learning_rate_schedule(kind, warmup):
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("given", "num_steps", "expected"),
+    [
+        (  # ViT-VQGAN, stage 1: warm-up, then a cosine to half of it
+            dict(learning_rate=1e-4, warmup_steps=50_000, schedule="cosine", end_factor=0.5),
+            500_000,
+            {0: 0, 25_000: 5e-5, 50_000: 1e-4, 275_000: 7.5e-5, 500_000: 5e-5, 900_000: 5e-5},
+        ),
+        (  # ViT-VQGAN, stage 2: the peak until 80,000, then exponentially to 1e-5
+            dict(
+                learning_rate=4.5e-4,
+                warmup_steps=5_000,
+                schedule="exponential",
+                decay_start=80_000,
+                end_factor=1e-5 / 4.5e-4,
+            ),
+            450_000,
+            {
+                2_500: 2.25e-4,
+                5_000: 4.5e-4,
+                79_999: 4.5e-4,
+                80_000: 4.5e-4,
+                265_000: np.sqrt(4.5e-4 * 1e-5),
+                450_000: 1e-5,
+                500_000: 1e-5,
+            },
+        ),
+        (
+            dict(schedule="exponential", end_factor=0.01),
+            100,
+            {0: 5.4e-5, 50: 5.4e-6, 99: 5.6547e-7},
+        ),
+        (
+            dict(schedule="cosine", decay_start=20),
+            100,
+            {0: 5.4e-5, 19: 5.4e-5, 20: 5.4e-5, 60: 2.7e-5, 100: 0},
+        ),
+    ],
+    ids=["vit_vqgan", "vim", "exponential", "late_cosine"],
+)
+def test_schedules_of_vit_vqgan(given, num_steps, expected):
+    optimizer = optimizer_config(**given)
+    schedule = learning_rate_schedule(optimizer, peak_learning_rate(optimizer, 12), num_steps)
+    for step, value in expected.items():
+        np.testing.assert_allclose(schedule(step), value, rtol=2e-4, atol=1e-12, err_msg=str(step))
+
+
 def test_warm_up_longer_than_the_run_is_no_error():
     schedule = learning_rate_schedule(optimizer_config(schedule="cosine", warmup_steps=50), 1.0, 20)
     np.testing.assert_allclose([schedule(0), schedule(20)], [0, 0.4], rtol=1e-6)
@@ -102,6 +149,25 @@ def adam(rate, gradients, decay=0.0, b1=0.5, b2=0.9, eps=1e-8):
 
 def test_adam_of_the_reference_for_three_steps():
     np.testing.assert_allclose(updates_of(optimizer_config(), 0.1), adam(0.1, GRADIENTS), rtol=1e-5)
+
+
+def test_first_moment_in_bfloat16():
+    """Rounded where it is kept, and not where it is used: Adam with m as bfloat16 holds it."""
+    optimizer = optimizer_config(first_moment="bfloat16", b1=0.9, b2=0.96)
+    state = make_optimizer(optimizer, optax.constant_schedule(0.1)).init({"kernel": jnp.ones(3)})
+    assert (
+        state[0].mu["kernel"].dtype == jnp.bfloat16 and state[0].nu["kernel"].dtype == jnp.float32
+    )
+    x, m, v = np.ones((3, 2)), np.zeros((3, 2), jnp.bfloat16), 0.0
+    for t, gradient in enumerate(GRADIENTS, start=1):
+        m = 0.9 * m.astype(np.float64) + 0.1 * gradient
+        v = 0.96 * v + 0.04 * gradient**2
+        x = x - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.96**t)) + 1e-8)
+        m = m.astype(jnp.bfloat16)
+    exact = adam(0.1, GRADIENTS, b1=0.9, b2=0.96)
+    found = updates_of(optimizer, 0.1)
+    np.testing.assert_allclose(found, x, atol=5e-4)
+    assert 0 < np.abs(found - exact).max() < 2e-3
 
 
 @pytest.mark.parametrize("name", ["kernel", "bias", "scale", "codebook"])

@@ -39,7 +39,7 @@ def description_of(golden):
 
 
 def vqgan(config):
-    return VQGAN(**{**config.model.to_dict(), "dtype": jnp.float32})
+    return VQGAN.from_config(config.model.to_dict(), jnp.float32)
 
 
 def nhwc(images):

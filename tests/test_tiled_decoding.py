@@ -35,9 +35,7 @@ def tokenizer(multipliers, attention=(), **changes):
 
 def random_variables(module, seed=0):
     """Everything random, norms too; kernels twice their usual size, so that far positions count."""
-    shapes = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), jnp.zeros((1, 64, 64, module.in_channels)))
-    )
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
     random = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -141,7 +139,7 @@ def published(multipliers=(1, 1, 2, 2, 4), attention=(16,)):
 def test_plan_of_the_published_models():
     def planned(module, size):
         first, stages = plan(
-            module, size, size, tiled_decoding.TILE_MAP, tiled_decoding.LARGEST_MAP
+            module.decoder, size, size, tiled_decoding.TILE_MAP, tiled_decoding.LARGEST_MAP
         )
         return first, [(stage.source, stage.levels) for stage in stages]
 

@@ -168,7 +168,7 @@ def test_manifest_has_no_trace_of_time_or_place(whole, export):
     assert manifest.keys() == {
         *("format", "version", "dataset", "split", "image_key", "count", "class_names"),
         *("resolution", "resize", "augmentations", "grid", "codebook_size", "fingerprint"),
-        *("dtype", "images_per_shard", "conditions", "shards"),
+        *("dtype", "images_per_shard", "conditions", "depth", "shards"),
     }
     assert len(manifest["shards"]) == 60
     assert manifest["augmentations"] == ["centre", "centre_flip"]

@@ -131,8 +131,12 @@ def _convert_tokenizer_back(
     if discriminator is not None and config.discriminator.norm == "group":
         without = "left out, since the reference has none with GroupNorm"
         discriminator = None
+    elif discriminator is not None and config.discriminator.kind != "patch":
+        without = f"left out, since the reference has none of the kind {config.discriminator.kind}"
+        discriminator = None
+    description = yaml_from_config(config)
     state_dict = taming.state_dict_from_variables(variables, config, discriminator)
-    _write(state_dict, yaml_from_config(config), output, description_file)
+    _write(state_dict, description, output, description_file)
 
     name = reference_class(config)
     quantizer = config.model.quantizer

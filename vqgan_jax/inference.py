@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vqgan_jax.configuration import downsampling_factor
+from vqgan_jax.configuration.common import value_at
 from vqgan_jax.models.tiled_decoding import decode_codes
 from vqgan_jax.training.checkpoints import (
     CheckpointError,
@@ -25,22 +26,38 @@ from vqgan_jax.training.sharding import path_name
 
 # What determines codes, and with it the fingerprint: to rename one of these keys, here or in the
 # parameters, would make every tokenizer a stranger to its codes on disk.
-_ENCODING_CONFIG = (
-    "resolution",
-    "in_channels",
-    "channels",
-    "channel_multipliers",
-    "num_res_blocks",
-    "attention_resolutions",
-    "latent_channels",
-    "num_groups",
-)
+_ENCODING_CONFIG = {
+    "conv": (
+        "resolution",
+        "in_channels",
+        "channels",
+        "channel_multipliers",
+        "num_res_blocks",
+        "attention_resolutions",
+        "latent_channels",
+        "num_groups",
+    ),
+    "vit": (
+        "architecture",
+        "resolution",
+        "in_channels",
+        "vit.patch",
+        "vit.encoder.layers",
+        "vit.encoder.heads",
+        "vit.encoder.width",
+    ),
+}
 _QUANTIZER_CONFIG = ("kind", "codebook_size", "code_dim", "l2_normalize")
+_OWN_QUANTIZER_CONFIG = {  # of some kinds beside these
+    "fsq": ("levels",),
+    "residual": ("depth", "shared_codebook"),
+    "product": ("depth", "shared_codebook"),
+}
 _ENCODING_VARIABLES = (
     "params/encoder/",
     "params/quant_conv/",
     "params/quantize/",
-    "codebook/quantize/embedding",  # an EMA codebook without the sums that it moves by
+    "codebook/quantize/embedding",  # a frozen one, or that of an EMA without what it moves by
 )
 
 
@@ -52,6 +69,7 @@ class Tokenizer:
         variables: its parameters and, for an EMA quantiser, its codebook.
         factor: pixels a code in each direction.
         codebook_size: number of codes.
+        depth: codes a position.
     """
 
     def __init__(self, config: ConfigDict, variables):
@@ -60,11 +78,12 @@ class Tokenizer:
         self.module = make_vqgan(config.model)
         self.factor = downsampling_factor(config.model)
         self.codebook_size = config.model.quantizer.codebook_size
+        self.depth = config.model.quantizer.depth
 
     def encode(self, images) -> jax.Array:
         """Images `(B, H, W, C)` in [-1, 1] -> codes `(B, H/f, W/f)` int32.
 
-        Label-map tokenizers take one-hot maps.
+        `(B, H/f, W/f, depth)` where a position has several. Label-map tokenizers take one-hot maps.
 
         Raises:
             ValueError: the factor does not divide height and width, channels are wrong, or images
@@ -92,20 +111,24 @@ class Tokenizer:
     def decode(self, codes) -> jax.Array:
         """Codes `(B, h, w)` -> images `(B, f h, f w, C)` in [-1, 1]; logits for label maps.
 
+        Codes are `(B, h, w, depth)` where a position has several.
         Large images are decoded in tiles, with the same result: more time, less memory.
 
         Codes outside the codebook are looked for where they are on the host; on a device they give
         NaN.
 
         Raises:
-            ValueError: codes are not three-dimensional integers, or outside the codebook.
+            ValueError: codes are not integers of that shape, or outside the codebook.
         """
         if not isinstance(codes, jax.Array):
             codes = np.asarray(codes)
-        if codes.ndim != 3 or not jnp.issubdtype(codes.dtype, jnp.integer):
+        several = () if self.depth == 1 else (self.depth,)
+        shaped = codes.ndim == 3 + len(several) and codes.shape[3:] == several
+        if not shaped or not jnp.issubdtype(codes.dtype, jnp.integer):
+            expected = ", ".join(("B", "h", "w", *map(str, several)))
             raise ValueError(
                 f"codes have shape {codes.shape} and type {codes.dtype}; they must be integers "
-                "(B, h, w)."
+                f"({expected})."
             )
         if isinstance(codes, np.ndarray) and codes.size:
             lowest, highest = codes.min(), codes.max()
@@ -124,8 +147,10 @@ class Tokenizer:
         with equal fingerprints give equal codes, up to the rounding of the computation's dtype.
         """
         model = self.config.model
-        config = {name: model[name] for name in _ENCODING_CONFIG}
-        config["quantizer"] = {name: model.quantizer[name] for name in _QUANTIZER_CONFIG}
+        names = _ENCODING_CONFIG[model.architecture]
+        config = {name: value_at(model, name) for name in names}
+        own = _OWN_QUANTIZER_CONFIG.get(model.quantizer.kind, ())
+        config["quantizer"] = {name: model.quantizer[name] for name in _QUANTIZER_CONFIG + own}
         config["num_labels"] = self.config.data.num_labels
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         flat, _ = jax.tree_util.tree_flatten_with_path(self.variables)

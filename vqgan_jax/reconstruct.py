@@ -37,7 +37,7 @@ from vqgan_jax.data.images import to_uint8
 from vqgan_jax.data.inputs import Picture, list_pictures
 from vqgan_jax.inference import Tokenizer, load_tokenizer
 from vqgan_jax.interop.lpips import check_lpips, load_lpips
-from vqgan_jax.metrics.codebook import perplexity, usage
+from vqgan_jax.metrics.codebook import code_counts, perplexity, usage
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.training.compilation import compile_options
 from vqgan_jax.training.evaluation import reconstruction_figures
@@ -127,7 +127,7 @@ def reconstruct(
 class Results:
     """What is known of the pictures that are done, by name; of the first few a thumbnail."""
 
-    code_counts: np.ndarray  # (K,)
+    code_counts: np.ndarray  # as of `metrics.codebook.code_counts`
     entries: dict[str, dict] = dataclasses.field(default_factory=dict)
     thumbnails: dict[str, Image.Image] = dataclasses.field(default_factory=dict)
 
@@ -143,11 +143,12 @@ def reconstruct_groups(
     """Writes the pairs of all pictures below `output`, and measures them."""
     total = sum(len(group) for group in groups)
     run_batch, progress = make_reconstruction(tokenizer, lpips), Progress(total)
-    results = Results(np.zeros(tokenizer.codebook_size, np.int64))
+    results = Results(np.zeros((), np.int64))
     for group, images in batches(groups, batch_size, pool):
         pairs, figures, codes = run_batch(images)
         pairs, codes = pairs[: len(group)], codes[: len(group)]
-        results.code_counts += np.bincount(codes.ravel(), minlength=tokenizer.codebook_size)
+        counts = code_counts(codes, tokenizer.codebook_size, depth=tokenizer.depth)
+        results.code_counts = results.code_counts + np.asarray(counts, np.int64)
         list(pool.map(write_png, [output / picture.name for picture in group], pairs))
         for i, picture in enumerate(group):
             results.entries[picture.name] = describe(picture, images[i], figures, i)
@@ -277,14 +278,14 @@ def describe(picture: Picture, image: np.ndarray, figures: Mapping, row: int) ->
     return entry | {name: float(figures[name][row]) for name in FIGURES if name in figures}
 
 
-def summarize(entries: Sequence[Mapping], code_counts: np.ndarray) -> dict:
+def summarize(entries: Sequence[Mapping], counts: np.ndarray) -> dict:
     """The means of the figures over all pictures, and how they use the codebook."""
     names = [name for name in FIGURES if name in entries[0]]
     return {
         "images": len(entries),
         "means": {name: float(np.mean([entry[name] for entry in entries])) for name in names},
-        "codebook_usage": float(usage(code_counts)),
-        "codebook_perplexity": float(perplexity(code_counts)),
+        "codebook_usage": float(usage(counts)),
+        "codebook_perplexity": float(perplexity(counts)),
     }
 
 

@@ -12,33 +12,55 @@ with classes, samples are of all of them in turn, or of those that `--class` nam
 conditions, files are taken in turn. Images larger than those of the training are drawn through a
 window that slides over them. What the options leave open is as the model's config says. The same
 command makes what is missing of an output that was begun.
+
+    python -m vqgan_jax.sample --checkpoint=DIR --output=DIR --classifier=MODULE:FUNCTION
+        --acceptance=0.5
+
+Of a model with classes, a classifier can choose among more samples than are asked for, at an
+acceptance of 0.5 the better half of twice as many: FUNCTION takes uint8 images `(B, H, W, 3)` and
+returns class probabilities `(B, classes of the model)`. What is drawn is in `candidates/`, each PNG
+with its score; the samples are the accepted ones, and `scores.json` says which and how they scored.
 """
 
 import io
 import json
 import math
-import os
 import pathlib
+import shutil
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from vqgan_jax import commands
 from vqgan_jax.conditions.files import SIDES, read_conditions
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.drawing import Drawing, Film
+from vqgan_jax.rejection import (
+    CANDIDATES,
+    Rejection,
+    accept,
+    find_classifier,
+    is_accepted,
+    score_text,
+)
+from vqgan_jax.sample_files import (
+    ARRAYS,
+    SETTINGS,
+    compare,
+    finish,
+    path_of,
+    stored_samples,
+    write_atomically,
+)
 
 FORMATS = ("png", "grid", "npz")
-GRID, ARRAYS, SETTINGS = "grid.png", "samples.npz", "settings.json"
 ANIMATION = "animation.gif"
-GRID_SAMPLES, GRID_COLUMNS, GRID_SIDE = 64, 8, 128
-FONT_SIZE, MARGIN = 14, 6
+ACCEPTANCE = 0.5
 
 
 def sample(
@@ -55,6 +77,8 @@ def sample(
     complete: str = "",
     keep: str = "top",
     animate: bool = False,
+    classifier: str = "",
+    acceptance: float | None = None,
     **options,
 ) -> None:
     """Draws what is missing of `num_samples` images and writes them to `output`.
@@ -74,6 +98,10 @@ def sample(
         complete: an image of which a part is kept; see `conditions.files.read_known_part`.
         keep: which half, where the image is not transparent.
         animate: whether to show how the first samples form.
+        classifier: a function that chooses among more samples, as `MODULE:FUNCTION`; see
+            `rejection.Rejection`. Empty for none.
+        acceptance: the share of samples that it accepts, so that `num_samples` are left; None for
+            `ACCEPTANCE`.
         **options: of `Generator.settings`; None as the model's config says.
 
     Raises:
@@ -121,10 +149,22 @@ def sample(
     drawing = Drawing(generator, grid, given, options | {"seed": seed})
     if complete:
         drawing.complete(complete, keep)
+    rejection = None
+    if classifier:
+        if labels is None:
+            raise DataError("--classifier chooses by class, and this model has no classes.")
+        acceptance = ACCEPTANCE if acceptance is None else acceptance
+        classify = find_classifier(classifier)
+        rejection = Rejection(classify, acceptance, labels, num_samples, condition.num_classes)
+        rejection.scores(np.zeros((1, *drawing.size, 3), np.uint8), labels[:1])  # as a trial
+    elif acceptance is not None:
+        raise DataError("--acceptance is of the samples that --classifier chooses; name one.")
 
     # Nothing is written before everything is known to be right.
     settings = {"seed": seed, "classes": None if labels is None else labels.tolist()} | options
     settings |= {"model": generator.fingerprint} | drawing.settings()
+    if rejection is not None:
+        settings |= {"classifier": classifier, "acceptance": acceptance}
     compare(output, settings)
     multihost_utils.sync_global_devices("sample: compared")
     if jax.process_index() == 0:
@@ -135,157 +175,77 @@ def sample(
 
     of_sample = None if labels is None else labels[np.arange(num_samples) % len(labels)]
     if "png" in formats or stored_samples(output / ARRAYS) != num_samples:
-        draw_missing(drawing, output, num_samples, batch_size or drawing.batch_size, animate)
+        batch_size = batch_size or drawing.batch_size
+        if rejection is None:
+            draw_missing(drawing, output, output, np.arange(num_samples), batch_size, animate)
+        elif not is_accepted(rejection, output):
+            folder = output / CANDIDATES
+            folder.mkdir(exist_ok=True)
+            draw_missing(drawing, output, folder, rejection.numbers, batch_size, animate, rejection)
         multihost_utils.sync_global_devices("sample: drawn")
         if jax.process_index() == 0:
-            finish(generator, output, num_samples, of_sample, formats)
+            arrays = {} if rejection is None else accept(rejection, output)
+            finish(output, num_samples, of_sample, generator.class_names, formats, arrays)
     if jax.process_index() == 0:
         if "png" not in formats:
             for index in range(num_samples):
                 path_of(output, index).unlink(missing_ok=True)
+            shutil.rmtree(output / CANDIDATES, ignore_errors=True)
         print(f"{output} has {num_samples} samples: {', '.join(formats)}.")
 
 
-def compare(output: pathlib.Path, settings: dict) -> None:
-    """Raises `DataError` where `output` is not new, empty, or begun with the same settings."""
-    file = output / SETTINGS
-    if file.is_file():
-        stored = json.loads(file.read_text())
-        names = dict.fromkeys((*settings, *stored))
-        different = [name for name in names if stored.get(name) != settings.get(name)]
-        if different:
-            name = different[0]
-            raise DataError(
-                f"{output} was begun with {name} {stored.get(name)}, and this is "
-                f"{settings.get(name)}; choose another --output."
-            )
-        return
-    if output.exists() and not (output.is_dir() and set(output.iterdir()) <= leftovers(output)):
-        raise DataError(f"{output} exists and is not empty; choose another --output.")
-
-
-def stored_samples(path: pathlib.Path) -> int:
-    """How many samples an archive of `finish` has, 0 where there is none, without reading them."""
-    if not path.exists():
-        return 0
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as array:
-        np.lib.format.read_magic(array)
-        shape, _, _ = np.lib.format.read_array_header_1_0(array)
-    return shape[0]
-
-
-def draw_missing(drawing, output, num_samples, batch_size, animate) -> None:
+def draw_missing(
+    drawing: Drawing,
+    output: pathlib.Path,
+    folder: pathlib.Path,
+    numbers: np.ndarray,
+    batch_size: int,
+    animate: bool,
+    rejection: Rejection | None = None,
+) -> None:
     """Draws the batches of which a PNG is missing, those of this process.
 
     Batches are always the same ones: a sample that is drawn again has the same neighbours, and so
     the same rounding. They are of one size, and as few places as can be are left over in the last.
+
+    Args:
+        drawing: what is drawn.
+        output: where the animation goes.
+        folder: where the PNGs go.
+        numbers: of the samples, ascending.
+        batch_size: samples at once on each device, at most.
+        animate: whether to show how the first sample forms.
+        rejection: scores the samples, which are its candidates.
     """
     devices = jax.local_device_count()
-    count = math.ceil(num_samples / (batch_size * devices))
-    batch_size = math.ceil(num_samples / (count * devices))
+    count = math.ceil(len(numbers) / (batch_size * devices))
+    batch_size = math.ceil(len(numbers) / (count * devices))
     size = batch_size * devices
-    batches = [
-        np.arange(first, min(first + size, num_samples)) for first in range(0, num_samples, size)
-    ]
+    batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     mine = batches[jax.process_index() :: jax.process_count()]
-    todo = [indices for indices in mine if not all(path_of(output, i).exists() for i in indices)]
+    todo = [indices for indices in mine if not all(path_of(folder, i).exists() for i in indices)]
     start, done = time.perf_counter(), 0
     for indices in todo:
         full = np.concatenate([indices, np.repeat(indices[-1:], size - len(indices))])
         film = Film(drawing, show=animate and indices[0] == 0)
         codes = drawing.draw(full, batch_size, film if film.show or drawing.slides else None)
         images = drawing.generator.decode(codes, batch_size)
+        scores = None
+        if rejection is not None:
+            scores = rejection.scores(images, rejection.label_of(full))
         if film.show:
             write_atomically(output / ANIMATION, film.encoded())
-        for index, image in zip(indices, images, strict=False):
-            if path_of(output, index).exists():
+        for place, index in enumerate(indices):
+            if path_of(folder, index).exists():
                 continue
+            text = None if scores is None else score_text(scores[place])
             encoded = io.BytesIO()
-            Image.fromarray(image).save(encoded, format="png")
-            write_atomically(path_of(output, index), encoded.getvalue())
+            Image.fromarray(images[place]).save(encoded, format="png", pnginfo=text)
+            write_atomically(path_of(folder, index), encoded.getvalue())
         done += len(indices)
         rate = done / (time.perf_counter() - start)
         if jax.process_index() == 0:
             print(f"{done} of {sum(map(len, todo))} samples, {rate:.2f} a second.", flush=True)
-
-
-def finish(generator, output, num_samples, labels, formats) -> None:
-    """Writes the overview and the arrays, from the PNGs."""
-    for path in leftovers(output):
-        path.unlink()
-    paths = [path_of(output, index) for index in range(num_samples)]
-    if "grid" in formats:
-        shown = labelled_grid(
-            [np.asarray(Image.open(path)) for path in paths[:GRID_SAMPLES]],
-            None if labels is None else labels[:GRID_SAMPLES],
-            generator.class_names,
-        )
-        shown.save(output / GRID)
-    if "npz" in formats:
-        images = np.stack([np.asarray(Image.open(path)) for path in paths])
-        arrays = {"arr_0": images} | ({} if labels is None else {"labels": labels})
-        temporary = partial_path(output / ARRAYS)
-        with temporary.open("wb") as file:  # not by way of memory, where they are already once
-            np.savez(file, **arrays)
-        temporary.replace(output / ARRAYS)
-
-
-def labelled_grid(
-    images: Sequence[np.ndarray], labels: np.ndarray | None, class_names: Sequence[str]
-) -> Image.Image:
-    """Images `(H, W, 3)` uint8 in rows; with labels, a row for each class behind its name."""
-    if labels is None:
-        rows = [
-            ("", list(images[i : i + GRID_COLUMNS])) for i in range(0, len(images), GRID_COLUMNS)
-        ]
-    else:
-        rows = [
-            (
-                class_names[label] if class_names else str(label),
-                [image for image, own in zip(images, labels, strict=True) if own == label],
-            )
-            for label in np.unique(labels)
-        ]
-    scale = max(1, GRID_SIDE // images[0].shape[0])
-    height, width = (size * scale for size in images[0].shape[:2])
-    longest = max(ImageFont.load_default(FONT_SIZE).getlength(name) for name, _ in rows)
-    left = 0 if labels is None else math.ceil(longest) + 2 * MARGIN
-    columns = min(GRID_COLUMNS, max(len(row) for _, row in rows))
-    grid = Image.new(
-        "RGB", (left + columns * (width + 2) - 2, len(rows) * (height + 2) - 2), "white"
-    )
-    text = ImageDraw.Draw(grid)
-    for number, (name, row) in enumerate(rows):
-        top = number * (height + 2)
-        if left:
-            place = (MARGIN, top + height // 2)
-            text.text(place, name, fill="black", anchor="lm", font_size=FONT_SIZE)
-        for column, image in enumerate(row[:columns]):
-            picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-            grid.paste(picture, (left + column * (width + 2), top))
-    return grid
-
-
-def path_of(output: pathlib.Path, index: int) -> pathlib.Path:
-    """Where a sample's PNG is."""
-    return output / f"{index:06}.png"
-
-
-def write_atomically(path: pathlib.Path, content) -> None:
-    """A file that is there is whole."""
-    temporary = partial_path(path)
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def leftovers(output: pathlib.Path) -> set[pathlib.Path]:
-    """What a killed command was about to write."""
-    return set(output.glob(".*.partial"))
-
-
-def partial_path(path: pathlib.Path) -> pathlib.Path:
-    """Where a file is written before it takes its name."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def main() -> None:
@@ -306,6 +266,8 @@ def main() -> None:
         flags.FLAGS["complete"].value,
         flags.FLAGS["keep"].value,
         flags.FLAGS["animate"].value,
+        flags.FLAGS["classifier"].value,
+        flags.FLAGS["acceptance"].value,
         **values,
     )
 
@@ -348,6 +310,12 @@ def _define_flags() -> None:
     )
     flags.DEFINE_enum("keep", "top", SIDES, "The half of --complete that is kept.")
     flags.DEFINE_bool("animate", False, "Write an animated GIF of the first image as it forms.")
+    flags.DEFINE_string(
+        "classifier",
+        "",
+        "MODULE:FUNCTION that gives class probabilities and chooses among samples.",
+    )
+    flags.DEFINE_float("acceptance", None, "The share that --classifier accepts; 0.5.")
     flags.mark_flags_as_required(["checkpoint", "output"])
 
 

@@ -27,7 +27,7 @@ from vqgan_jax.data.condition_sources import (
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.sources import Feature, open_source
 from vqgan_jax.inference import Tokenizer, load_tokenizer
-from vqgan_jax.training.encoding import check_channels
+from vqgan_jax.training.encoding import check_channels, check_one_code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,7 @@ def open_condition(
         return ConditionTokens(_open_layouts(value, data, split, resolution))
     tokenizer = load_tokenizer(value)
     check_channels(f"tokenizer of the condition {name}", tokenizer)
+    check_one_code(f"tokenizer of the condition {name}", tokenizer)
     source = {"derive": name, "scale": int(scale or 4)} if name in DERIVED else {}
     num_labels = tokenizer.config.data.num_labels
     return ConditionTokens(ConditionImage(name, name, num_labels, **source), tokenizer)

@@ -180,6 +180,7 @@ def describe(
         augmentations=tuple(view.name for view in views.views),
         grid=(side, side),
         codebook_size=tokenizer.codebook_size,
+        depth=tokenizer.depth,
         fingerprint=tokenizer.fingerprint,
         dtype=jnp.dtype(tokenizer.module.dtype).name,
         images_per_shard=images_per_shard,

@@ -25,9 +25,11 @@ def base_config(stage: str) -> ConfigDict:
             eps=1e-8,
             weight_decay=0.0,
             clip_norm=0.0,  # 0 = no clipping
-            schedule="constant",  # "constant" or "cosine"
+            first_moment="float32",  # "bfloat16" halves its memory
+            schedule="constant",  # "constant", "cosine" or "exponential"
             warmup_steps=0,
-            end_factor=0.0,  # cosine ends at this share of the peak
+            decay_start=0,  # the step from which the rate falls; 0 = after the warm-up
+            end_factor=0.0,  # cosine and exponential end at this share of the peak
             ema_decay=0.0,  # of the generator's parameters; 0 = none kept
             accumulate=1,  # micro-batches an update
         )
@@ -152,7 +154,19 @@ def validate_base(config: ConfigDict) -> None:
         "config.model.dtype is float64, which JAX computes only with JAX_ENABLE_X64=1 in the "
         "environment.",
     )
-    one_of(config, "optimizer.schedule", "constant", "cosine")
+    one_of(config, "optimizer.schedule", "constant", "cosine", "exponential")
+    one_of(config, "optimizer.first_moment", "float32", "bfloat16")
+    optimizer = config.optimizer
+    require(
+        optimizer.schedule != "exponential" or optimizer.end_factor > 0,
+        f"config.optimizer.end_factor is {optimizer.end_factor}; the exponential schedule needs "
+        "the share of the peak that it ends at, above 0.",
+    )
+    require(
+        optimizer.decay_start == 0 or optimizer.decay_start >= optimizer.warmup_steps,
+        f"config.optimizer.decay_start is {optimizer.decay_start}, before the end of the warm-up, "
+        f"config.optimizer.warmup_steps {optimizer.warmup_steps}.",
+    )
     names = ("batch_size", "num_steps", "log_every", "evaluate_every", "checkpoint_every")
     names += ("keep_latest", "grid_images")
     positive(config, "optimizer.accumulate", *(f"training.{name}" for name in names))

@@ -3,51 +3,60 @@
 from ml_collections import ConfigDict
 
 from vqgan_jax.configuration.common import base_config, one_of, positive, require, validate_base
+from vqgan_jax.configuration.quantizer import quantizer_config, validate_quantizer
 
 
 def tokenizer_config() -> ConfigDict:
     """The VQGAN f16 of "Taming Transformers" (Esser et al. 2021), without a data set's choices."""
     config = base_config("tokenizer")
     config.optimizer.discriminator_learning_rate = 0.0  # 0 = the generator's
+    # Of "encoder" and "quantizer", those that stay as in `initialize_from`. With both, codes stay
+    # as they are, and the decoder may have another size than there.
+    config.training.freeze = ()
 
     config.model = ConfigDict(
         dict(
             dtype="auto",  # of the computation: "float32", "bfloat16", "float64"; auto = by backend
-            resolution=256,  # nominal; attention_resolutions refer to it, other sizes work too
+            architecture="conv",  # "conv", or "vit": vision transformers, whose sizes are in `vit`
+            resolution=256,  # nominal: other sizes work too; "vit" learns its positions for it
             in_channels=3,
             out_channels=3,
+            logit_laplace=False,  # the decoder predicts a distribution, for the loss of that name
+            dropout=0.0,
+            remat=False,  # recompute blocks in the backward pass: less memory, more time
+            # Of "conv" alone.
             channels=128,
             channel_multipliers=(1, 1, 2, 2, 4),  # one level each; factor = 2^(levels - 1)
             num_res_blocks=2,  # a level of the encoder; the decoder has one more
             attention_resolutions=(16,),
             latent_channels=256,
             num_groups=32,  # of GroupNorm; below 128 channels fewer keep colours better
-            dropout=0.0,
-            remat=False,  # recompute residual blocks in the backward pass: less memory, more time
         )
     )
-    config.model.quantizer = ConfigDict(
+    config.model.vit = ConfigDict(  # of "vit" alone; as it stands, ViT-VQGAN Base
         dict(
-            kind="nearest",  # "nearest", "ema" or "gumbel"
-            codebook_size=1024,
-            code_dim=256,  # below latent_channels: low-dimensional projection by the 1x1 convs
-            l2_normalize=False,  # cosine distance (ViT-VQGAN); for "nearest" and "ema"
-            kmeans_init=False,  # start the codebook at the k-means centres of the first batch
-            ema_decay=0.99,  # "ema" only
-            restart_below=0.0,  # "ema" only: a code used less per batch (EMA) starts again; 0 = off
+            patch=8,  # pixels a side = factor
+            unroll=1,  # blocks that are compiled one after the other; more compile longer
+            encoder=dict(layers=12, heads=12, width=768),
+            decoder=dict(layers=12, heads=12, width=768),
         )
     )
+    config.model.quantizer = quantizer_config()
 
     config.loss = ConfigDict(
         dict(
             l1=1.0,
             l2=0.0,
-            perceptual=1.0,
+            perceptual=1.0,  # 0 = its network is never loaded: no supervised features in training
+            logit_laplace=0.0,  # ViT-VQGAN's likelihood; needs config.model.logit_laplace too
             binary_cross_entropy=0.0,  # for label maps; instead of all of the above
             codebook=1.0,  # weight of the whole quantisation loss
-            commitment=0.25,  # beta, equation 4 of the paper
+            commitment=0.25,  # beta, equation 4 of the paper; none for "fsq"
             legacy_codebook=True,  # the reference's form: beta on the codebook term instead
             kl=1e-8,  # "gumbel" only: weight of the divergence from uniform code use
+            entropy=0.0,  # E[H(p(k|z))] - H(E[p]): all codes in use; "nearest", "simvq", "lfq"
+            entropy_temperature=0.01,  # T of p(k|z) = softmax(-distance^2 / T)
+            entropy_bits=18,  # "lfq": bits taken together in H(E[p]); more go in groups of so many
         )
     )
     config.loss.perceptual_network = ConfigDict(
@@ -65,9 +74,13 @@ def tokenizer_config() -> ConfigDict:
     config.discriminator = ConfigDict(
         dict(
             enabled=True,
-            channels=64,
+            kind="patch",  # "patch", or "stylegan": that of StyleGAN2 and ViT-VQGAN
+            channels=64,  # "patch" only, as the next two
             num_layers=3,
             norm="batch",  # "batch", "act" or "group"
+            base_channels=32_768,  # "stylegan" only: a map of side s has min(base / s, max) of them
+            max_channels=512,
+            group_size=4,  # "stylegan" only: images whose deviation each sees; 1 = it sees none
             loss="hinge",  # "hinge", "vanilla" or "non_saturating"
             weight=0.8,  # of the generator's term, times the adaptive weight
             factor=1.0,  # of both players' terms
@@ -78,6 +91,8 @@ def tokenizer_config() -> ConfigDict:
             adaptive_max=1e4,
             lecam=0.0,  # weight of the LeCam regularisation
             lecam_decay=0.999,
+            r1=0.0,  # gamma: gamma / 2 is the weight of the R1 regularisation
+            r1_interval=16,  # every so manyth update has the R1 term, so many times as much
             refresh_reconstruction=False,  # the reference's order: one more forward pass
         )
     )
@@ -87,36 +102,64 @@ def tokenizer_config() -> ConfigDict:
 
 def downsampling_factor(model: ConfigDict) -> int:
     """Pixels a code in each direction: f in "f16"."""
+    if model.architecture == "vit":
+        return model.vit.patch
     return 2 ** (len(model.channel_multipliers) - 1)
 
 
 def validate_tokenizer(config: ConfigDict) -> None:
     """Raises `ConfigError` for values that cannot work, before anything compiles."""
     validate_base(config)
-    one_of(config, "model.quantizer.kind", "nearest", "ema", "gumbel")
+    validate_quantizer(config)
+    one_of(config, "discriminator.kind", "patch", "stylegan")
     one_of(config, "discriminator.norm", "batch", "act", "group")
     one_of(config, "discriminator.loss", "hinge", "vanilla", "non_saturating")
     one_of(config, "loss.perceptual_network.backbone", "vgg16", "alexnet")
-    names = ("resolution", "channels", "latent_channels", "num_groups")
-    names += ("quantizer.codebook_size", "quantizer.code_dim")
-    positive(config, *(f"model.{name}" for name in names))
+    one_of(config, "model.architecture", "conv", "vit")
+    sizes = ("channels", "base_channels", "max_channels", "group_size", "r1_interval")
+    positive(config, *(f"discriminator.{name}" for name in sizes))
+    positive(config, "model.resolution")
+    training = config.training
+    for part in training.freeze:
+        require(
+            part in ("encoder", "quantizer"),
+            f"config.training.freeze has {part!r}; it takes encoder and quantizer.",
+        )
+    require(
+        not training.freeze or bool(training.initialize_from),
+        "config.training.freeze keeps parts of another tokenizer: set "
+        "config.training.initialize_from.",
+    )
 
     model = config.model
+    if model.architecture == "vit":
+        _validate_vision_transformers(config)
+    else:
+        _validate_convolutional(config)
     factor = downsampling_factor(model)
     require(
         model.resolution % factor == 0,
         f"config.model.resolution is {model.resolution}, which the model's factor {factor} does "
         f"not divide; take {max(1, model.resolution // factor) * factor}.",
     )
-    for multiplier in model.channel_multipliers:
-        require(
-            model.channels * multiplier % model.num_groups == 0,
-            f"config.model.channels x channel_multipliers gives {model.channels * multiplier} "
-            f"channels, which config.model.num_groups {model.num_groups} does not divide.",
-        )
     require(
         config.loss.binary_cross_entropy == 0 or config.data.num_labels > 0,
         "config.loss.binary_cross_entropy needs a label map: set config.data.num_labels.",
+    )
+    require(
+        config.loss.logit_laplace == 0 or model.logit_laplace,
+        "config.loss.logit_laplace needs a decoder that predicts a distribution: set "
+        "config.model.logit_laplace.",
+    )
+    require(
+        config.loss.binary_cross_entropy == 0 or not model.logit_laplace,
+        "config.model.logit_laplace is for images; config.loss.binary_cross_entropy is for label "
+        "maps.",
+    )
+    require(
+        config.discriminator.kind != "stylegan" or model.resolution >= 4,
+        f"config.model.resolution is {model.resolution}; the stylegan discriminator needs at least "
+        "4.",
     )
     require(
         config.loss.binary_cross_entropy > 0 or config.data.num_labels == 0,
@@ -129,3 +172,26 @@ def validate_tokenizer(config: ConfigDict) -> None:
         f"config.model.in_channels and out_channels are {model.in_channels} and "
         f"{model.out_channels}, and the data has {channels} channels.",
     )
+
+
+def _validate_convolutional(config: ConfigDict) -> None:
+    positive(config, *(f"model.{name}" for name in ("channels", "latent_channels", "num_groups")))
+    model = config.model
+    for multiplier in model.channel_multipliers:
+        require(
+            model.channels * multiplier % model.num_groups == 0,
+            f"config.model.channels x channel_multipliers gives {model.channels * multiplier} "
+            f"channels, which config.model.num_groups {model.num_groups} does not divide.",
+        )
+
+
+def _validate_vision_transformers(config: ConfigDict) -> None:
+    positive(config, "model.vit.patch", "model.vit.unroll")
+    for name in ("encoder", "decoder"):
+        network, path = config.model.vit[name], f"model.vit.{name}"
+        positive(config, *(f"{path}.{key}" for key in network))
+        require(
+            network.width % network.heads == 0,
+            f"config.{path}.width {network.width} is not divisible by config.{path}.heads "
+            f"{network.heads}.",
+        )

@@ -29,7 +29,8 @@ def transformer_config() -> ConfigDict:
             max_length=0,  # of learned positions; 0 = what the sequence needs
             norm="layer",  # "layer" or "rms"
             feed_forward="gelu",  # "gelu" or "swiglu"
-            positions="learned",  # "learned" or "rotary", in two dimensions
+            # "learned" in the sequence; "learned_2d", of rows and columns; "rotary", of both.
+            positions="learned",
             qk_norm=False,
             use_bias=True,
             num_unmasked=0,  # so many first tokens see each other in both directions
@@ -116,7 +117,7 @@ def validate_transformer(config: ConfigDict) -> None:
     validate_base(config)
     one_of(config, "model.norm", "layer", "rms")
     one_of(config, "model.feed_forward", "gelu", "swiglu")
-    one_of(config, "model.positions", "learned", "rotary")
+    one_of(config, "model.positions", "learned", "learned_2d", "rotary")
     one_of(config, "model.order", *ORDERS)
     one_of(config, "sampling.guidance_schedule", "constant", "linear", "cosine")
     positive(config, "model.num_layers", "model.num_heads", "model.width")
@@ -133,7 +134,7 @@ def validate_transformer(config: ConfigDict) -> None:
         f"{model.num_kv_heads}.",
     )
     require(
-        model.positions == "learned" or model.width // model.num_heads % 4 == 0,
+        model.positions != "rotary" or model.width // model.num_heads % 4 == 0,
         "config.model.positions is rotary, which needs heads of a multiple of 4 channels; "
         f"width / num_heads is {model.width // model.num_heads}.",
     )

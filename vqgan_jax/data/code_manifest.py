@@ -1,12 +1,12 @@
 """What a directory of codes holds and how it was made: `manifest.json`, and the shards' names.
 
-A directory has for each shard `codes-00000-of-00016.npy`, (n, augmentations, h * w) uint16 or
-uint32; `labels-00000-of-00016.npy`, (n,) int32; for each condition that is stored beside them
-`condition-NAME-00000-of-00016.npy`, (n, augmentations, tokens) uint16 or uint32; and for all of
-them `manifest.json`. Nothing in them depends on when, where and on how many machines they were
-made.
+A directory has for each shard `codes-00000-of-00016.npy`, (n, augmentations, h * w * depth) uint16
+or uint32, all codes of a position together; `labels-00000-of-00016.npy`, (n,) int32; for each
+condition that is stored beside them `condition-NAME-00000-of-00016.npy`, (n, augmentations, tokens)
+uint16 or uint32; and for all of them `manifest.json`. Nothing in them depends on when, where and on
+how many machines they were made.
 
-Version 1 of the format had no conditions.
+Version 1 of the format had no conditions, and version 2 one code a position.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ import numpy as np
 from vqgan_jax.conditions.layouts import LayoutEncoding
 from vqgan_jax.data.errors import DataError
 
-FORMAT, VERSION = "vqgan_jax codes", 2
-READABLE = (1, VERSION)
+FORMAT, VERSION = "vqgan_jax codes", 3
+READABLE = (1, 2, VERSION)
 MANIFEST = "manifest.json"
 PARTIAL = "partial"  # the folder of a pass that is under way
 
@@ -116,6 +116,7 @@ class CodesInfo:
       dtype: of the tokenizer's computation, which rounding depends on.
       images_per_shard: of all shards but the last.
       conditions: whose tokens are stored beside the codes.
+      depth: codes a position, of residual and product quantizers.
     """
 
     dataset: str
@@ -132,6 +133,7 @@ class CodesInfo:
     dtype: str
     images_per_shard: int
     conditions: tuple[ConditionInfo, ...] = ()
+    depth: int = 1
 
     @property
     def num_classes(self) -> int:
@@ -160,7 +162,7 @@ class CodesInfo:
         Tokens have the smallest of uint16 and uint32 that holds each.
         """
         lengths = {condition.kind: condition.num_tokens for condition in self.conditions}
-        lengths["codes"] = self.grid[0] * self.grid[1]
+        lengths["codes"] = self.grid[0] * self.grid[1] * self.depth
         rows, views = len(self.images_of(shard)), len(self.augmentations)
         found = {}
         for kind, size in self.vocabularies.items():
@@ -192,8 +194,8 @@ class CodesInfo:
                 "they were made with."
             )
         try:
-            if values["version"] == 1:
-                values = values | {"conditions": ()}
+            if values["version"] < 3:
+                values = {"conditions": ()} | values | {"depth": 1}
             found = {field.name: values[field.name] for field in dataclasses.fields(cls)}
             for name in ("class_names", "augmentations", "grid"):
                 found[name] = None if found[name] is None else tuple(found[name])

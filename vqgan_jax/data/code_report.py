@@ -7,7 +7,7 @@ import numpy as np
 from vqgan_jax.data.code_manifest import ConditionInfo, find_codes
 from vqgan_jax.data.codes import open_codes
 from vqgan_jax.data.errors import DataError
-from vqgan_jax.metrics.codebook import perplexity, usage
+from vqgan_jax.metrics.codebook import code_counts, perplexity, usage
 
 
 def verify(directory: str) -> None:
@@ -38,10 +38,14 @@ def print_info(directory: str) -> None:
     for path in find_codes(pathlib.Path(directory)) or [pathlib.Path(directory)]:
         codes = open_codes(path)
         info = codes.info
-        counts = np.zeros(info.codebook_size, np.int64)
+        counts = np.zeros((), np.int64)
         for first in range(0, len(codes), 4096):
             some = codes.gather(np.arange(first, min(first + 4096, len(codes))))
-            counts += np.bincount(some.ravel(), minlength=info.codebook_size)
+            some = some.reshape(len(some), -1, info.depth)
+            counts = counts + np.asarray(
+                code_counts(some, info.codebook_size, depth=info.depth), np.int64
+            )
+        grid = "x".join(map(str, info.grid if info.depth == 1 else (*info.grid, info.depth)))
         names = info.augmentations
         views = ", ".join(names if len(names) <= 4 else (*names[:3], "...", names[-1]))
         print(
@@ -50,8 +54,8 @@ def print_info(directory: str) -> None:
             f"{info.dataset}, {info.num_classes or 'no'} classes",
             f"  replaced    {codes.num_replaced} damaged images, each by the next one",
             f"  views       {len(names)} of each: {views}",
-            f"  codes       {info.grid[0]}x{info.grid[1]} a view, of a codebook of "
-            f"{info.codebook_size}, in {info.num_shards} shards",
+            f"  codes       {grid} a view, of a codebook of {info.codebook_size}, in "
+            f"{info.num_shards} shards",
             f"  tokenizer   {info.fingerprint}, computed in {info.dtype}",
             f"  codebook    {float(usage(counts)):.1%} used by the first view, "
             f"with a perplexity of {float(perplexity(counts)):.1f}",

@@ -134,7 +134,7 @@ class CodeWriter:
 
         Args:
           shard: its number.
-          codes: integers (n, augmentations, h * w).
+          codes: integers (n, augmentations, h * w * depth).
           labels: integers (n,), -1 where there is none.
           replaced: indices of damaged images, in whose place the next readable one is.
           conditions: integers (n, augmentations, tokens) of each condition by name.

@@ -49,6 +49,7 @@ class Codes:
       info: all that is known of them, `CodesInfo`.
       grid: (h, w) of the codes of an image.
       codebook_size: number of codes.
+      depth: codes a position.
       fingerprint: of the tokenizer.
       num_classes: 0 where images have no classes.
       class_names: None where images have no classes.
@@ -61,7 +62,7 @@ class Codes:
         """Maps the files into memory; for the errors see `open_codes`."""
         info = manifest.info
         self.directory, self.info = directory, info
-        self.grid, self.codebook_size = info.grid, info.codebook_size
+        self.grid, self.codebook_size, self.depth = info.grid, info.codebook_size, info.depth
         self.fingerprint = info.fingerprint
         self.num_classes, self.class_names = info.num_classes, info.class_names
         self.conditions = {condition.name: condition for condition in info.conditions}
@@ -97,9 +98,9 @@ class Codes:
           rows: those of the batch that this host wants; None for all.
 
         Returns:
-          `codes`, int32 (rows, h * w); `label`, int32 (rows,), -1 where there is none; and under
-          its name each condition, int32 (rows, n), of the same image and augmentation; the objects
-          of layouts are in a random order.
+          `codes`, int32 (rows, h * w * depth); `label`, int32 (rows,), -1 where there is none; and
+          under its name each condition, int32 (rows, n), of the same image and augmentation; the
+          objects of layouts are in a random order.
         """
         rows = np.arange(batch_size) if rows is None else rows
         passes, places = np.divmod(step * batch_size + rows, len(self))
@@ -130,9 +131,10 @@ class Codes:
     def gather(
         self, images: np.ndarray, augmentations: np.ndarray | int = 0, condition: str = ""
     ) -> np.ndarray:
-        """The codes of images by index, each in one augmentation: int32 (len(images), h * w).
+        """The codes of images by index, each in one augmentation.
 
-        With the name of a condition, its tokens: int32 (len(images), n).
+        int32 (len(images), h * w * depth); with the name of a condition, its tokens: int32
+        (len(images), n).
         """
         sequences = self._sequences[self.conditions[condition].kind if condition else "codes"]
         shards, places = np.divmod(images, self.info.images_per_shard)

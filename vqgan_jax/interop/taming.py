@@ -92,7 +92,7 @@ def _generator_tensors(config: ConfigDict) -> dict[str, _Tensor]:
     model = config.model.copy_and_resolve_references().to_dict()
     gumbel = model["quantizer"]["kind"] == "gumbel"
     model["quantizer"]["kind"] = "gumbel" if gumbel else "nearest"
-    module = VQGAN(**{**model, "dtype": jnp.float32})
+    module = VQGAN.from_config(model, jnp.float32)
     images = jnp.zeros((1, model["resolution"], model["resolution"], model["in_channels"]))
     variables = _abstract_variables(module, images)
     tensors = {}
@@ -241,6 +241,7 @@ def state_dict_from_variables(
       ConversionError: the variables are not those of the config's model, or the reference has no
         such discriminator.
     """
+    name = reference_class(config)
     params = dict(variables["params"])
     quantizer = config.model.quantizer
     if quantizer.kind == "ema":
@@ -249,7 +250,7 @@ def state_dict_from_variables(
     if quantizer.l2_normalize and quantizer.kind != "gumbel":
         params["quantize"] = {"codebook": l2_normalize(params["quantize"]["codebook"])}
     state_dict = _convert_back({"params": params}, _generator_tensors(config))
-    if reference_class(config) == "VQSegmentationModel":  # random there too: colours of pictures
+    if name == "VQSegmentationModel":  # random there too: colours of pictures
         shape = (3, config.data.num_labels, 1, 1)
         state_dict["colorize"] = np.random.default_rng(0).standard_normal(shape, np.float32)
     if discriminator is not None:

@@ -81,7 +81,14 @@ _UNUSED_LOSS = ("pixelloss_weight", "n_classes", "disc_in_channels", "use_actnor
 
 
 def reference_class(config: ConfigDict) -> str:
-    """The reference's class of a config's model."""
+    """The reference's class of a config's model.
+
+    Raises:
+      ConversionError: the reference has no such quantizer.
+    """
+    kind = config.model.quantizer.kind
+    if kind not in ("nearest", "ema", "gumbel"):
+        raise ConversionError(f"The reference has no quantizer of the kind {kind}.")
     if config.model.quantizer.kind == "gumbel":
         return "GumbelVQ"
     return "VQSegmentationModel" if config.data.num_labels else "VQModel"
@@ -189,6 +196,16 @@ def yaml_from_config(config: ConfigDict) -> dict:
     Raises:
       ConversionError: the reference has no such model.
     """
+    if config.model.architecture != "conv":
+        raise ConversionError(
+            f"The reference's networks are convolutional; config.model.architecture is "
+            f"{config.model.architecture!r}."
+        )
+    if config.model.logit_laplace:
+        raise ConversionError(
+            "The reference's decoder gives images, and that of config.model.logit_laplace a "
+            "distribution."
+        )
     if config.model.num_groups != 32:
         raise ConversionError(
             f"The reference's norms have 32 groups; config.model.num_groups is "

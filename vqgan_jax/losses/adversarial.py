@@ -1,8 +1,11 @@
 """The two players' losses on the discriminator's logits, and what balances them.
 
 Logits are high for real. The generator's loss is -mean D(x') for hinge and vanilla alike, as the
-reference has it; "non_saturating" is mean softplus(-D(x')) (Goodfellow et al. 2014, section 3).
+reference has it; "non_saturating" is mean softplus(-D(x')) (Goodfellow et al. 2014, section 3), the
+loss of StyleGAN2 and so of ViT-VQGAN.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,9 @@ def discriminator_loss(kind: str, real_logits: jax.Array, fake_logits: jax.Array
     """What the discriminator minimises; 1 for hinge at logits of zero.
 
     hinge: (mean relu(1 - real) + mean relu(1 + fake)) / 2 (Lim and Ye 2017);
-    vanilla and non_saturating: (mean softplus(-real) + mean softplus(fake)) / 2.
+    vanilla: (mean softplus(-real) + mean softplus(fake)) / 2;
+    non_saturating: mean softplus(-real) + mean softplus(fake), without the reference's half, as
+    StyleGAN2 has it: the half would double the share of a published R1 weight.
     """
     if kind == "hinge":
         real, fake = jax.nn.relu(1.0 - real_logits), jax.nn.relu(1.0 + fake_logits)
@@ -29,7 +34,27 @@ def discriminator_loss(kind: str, real_logits: jax.Array, fake_logits: jax.Array
         real, fake = jax.nn.softplus(-real_logits), jax.nn.softplus(fake_logits)
     else:
         raise ValueError(f"unknown adversarial loss {kind!r}")
-    return 0.5 * (jnp.mean(real) + jnp.mean(fake))
+    scale = 1.0 if kind == "non_saturating" else 0.5
+    return scale * (jnp.mean(real) + jnp.mean(fake))
+
+
+def r1(discriminator: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
+    """E |grad_x D(x)|^2 over real images: R1 without its factor gamma / 2.
+
+    Mescheder et al. 2018, "Which Training Methods for GANs do actually Converge?", eq. 9. D(x) is
+    the mean of an image's logits, as the losses take it, and the squares are summed over an image's
+    values and averaged over images, so that a weight means the same at any batch size.
+
+    Args:
+        discriminator: `(B, H, W, C)` -> logits `(B, h, w, 1)`.
+        images: real ones, `(B, H, W, C)`.
+    """
+
+    def judge(images):
+        return jnp.sum(jnp.mean(discriminator(images), axis=(1, 2, 3)))
+
+    gradients = jax.grad(judge)(images)
+    return jnp.mean(jnp.sum(jnp.square(gradients), axis=(1, 2, 3)))
 
 
 def lecam(

@@ -4,6 +4,8 @@ Both are fully convolutional: `resolution` is only the nominal size that `attent
 refer to, as in the reference.
 """
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -116,6 +118,8 @@ class Decoder(nn.Module):
     dropout: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
+
+    LAST_LAYER: ClassVar[str] = "conv_out"
 
     def setup(self):
         width = self.channels * self.channel_multipliers[-1]

@@ -13,6 +13,26 @@ def l2_normalize(vectors: jax.Array) -> jax.Array:
     )
 
 
+def squared_distances(points: jax.Array, rows: jax.Array) -> jax.Array:
+    """|e|^2 - 2 z.e `(N, K)` of points z `(N, D)` and rows e `(K, D)`: less |z|^2 than it says."""
+    products = jnp.einsum("n d, k d -> n k", points, rows, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(jnp.square(rows), axis=-1) - 2.0 * products
+
+
+def codebook_blocks(codebook: jax.Array, num_points: int) -> tuple[jax.Array, jax.Array]:
+    """A codebook `(K, D)` in blocks that have `MAX_DISTANCES` to so many points, or 128 rows.
+
+    Returns:
+        `(blocks, rows, D)`, the last padded with zeros; and `(blocks, rows)`, False for padding.
+    """
+    size, dim = codebook.shape
+    rows = min(size, max(128, MAX_DISTANCES // num_points))
+    num_blocks = -(-size // rows)
+    padded = jnp.pad(codebook, ((0, num_blocks * rows - size), (0, 0)))
+    exists = jnp.arange(num_blocks * rows) < size
+    return padded.reshape(num_blocks, rows, dim), exists.reshape(num_blocks, rows)
+
+
 def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
     """Index of the nearest row of `codebook` `(K, D)` for each of `latents` `(..., D)`, int32.
 
@@ -21,31 +41,19 @@ def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
     """
     latents, codebook = jax.lax.stop_gradient((latents, codebook))
     points = latents.reshape(-1, latents.shape[-1])
-    size = codebook.shape[0]
-    block = min(size, max(128, MAX_DISTANCES // points.shape[0]))
+    blocks, exist = codebook_blocks(codebook, points.shape[0])
+    num_blocks, size = exist.shape
 
-    def nearest_of(rows, offset):
-        products = jnp.einsum(
-            "n d, k d -> n k",
-            points,
-            rows,
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        distances = jnp.sum(jnp.square(rows), axis=-1) - 2.0 * products
-        indices = offset + jnp.arange(rows.shape[0])
-        distances = jnp.where(indices < size, distances, jnp.inf)
+    def nearest_of(rows, exists, offset):
+        distances = jnp.where(exists, squared_distances(points, rows), jnp.inf)
         best = jnp.argmin(distances, axis=-1)
         return jnp.min(distances, axis=-1), (best + offset).astype(jnp.int32)
 
-    if block == size:
-        return nearest_of(codebook, 0)[1].reshape(latents.shape[:-1])
+    if num_blocks == 1:
+        return nearest_of(blocks[0], exist[0], 0)[1].reshape(latents.shape[:-1])
 
-    num_blocks = -(-size // block)
-    padded = jnp.pad(codebook, ((0, num_blocks * block - size), (0, 0)))
-
-    def step(best, i):
-        rows = jax.lax.dynamic_slice_in_dim(padded, i * block, block)
-        distance, index = nearest_of(rows, i * block)
+    def step(best, block):
+        distance, index = nearest_of(*block)
         closer = distance < best[0]
         return (jnp.where(closer, distance, best[0]), jnp.where(closer, index, best[1])), None
 
@@ -53,7 +61,7 @@ def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
         jnp.full(points.shape[0], jnp.inf),
         jnp.zeros(points.shape[0], jnp.int32),
     )
-    (_, codes), _ = jax.lax.scan(step, start, jnp.arange(num_blocks))
+    (_, codes), _ = jax.lax.scan(step, start, (blocks, exist, size * jnp.arange(num_blocks)))
     return codes.reshape(latents.shape[:-1])
 
 

@@ -97,17 +97,19 @@ def project(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, num_unmasked: int = 0) -> jax.Array:
     """Attention of `(B, T, heads, head_dim)` by `causal_mask`; fused where the backend can.
 
-    Keys and values may have fewer heads than queries.
+    With `num_unmasked` of T or more, every token sees every other. Keys and values may have fewer
+    heads than queries.
     """
     if _on_cpu():
         return cpu_tokens.attend(query, key, value, num_unmasked)
-    mask = causal_mask(query.shape[1], num_unmasked)[None, None] if num_unmasked else None
+    length = query.shape[1]
+    mask = causal_mask(length, num_unmasked)[None, None] if 0 < num_unmasked < length else None
     fused = jax.default_backend() == "gpu" and query.dtype.itemsize == 2 and mask is None
     return jax.nn.dot_product_attention(
         query,
         key,
         value,
         mask=mask,
-        is_causal=mask is None,
+        is_causal=num_unmasked == 0,
         implementation="cudnn" if fused else "xla",
     )

@@ -1,11 +1,14 @@
-"""Rotary positions in two dimensions.
+"""Positions in two dimensions: rotary ones, and learned ones of rows and columns.
 
 "RoFormer" (Su et al. 2021) turns pairs of channels by angles that grow with the position; on an
-image grid, half of a head's channels turn with the row and half with the column.
+image grid, half of a head's channels turn with the row and half with the column. The transformers
+of "Vector-quantized Image Modeling with Improved VQGAN" (Yu et al. 2022) learn a vector for each
+row and one for each column, and add both to what stands there.
 """
 
 from collections.abc import Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,3 +66,30 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     cosine, sine = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     turned = [first * cosine - second * sine, second * cosine + first * sine]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class GridPositions(nn.Module):
+    """Learned positions: a code's is its row's vector plus its column's; conditions have their own.
+
+    They begin at zero, as the learned positions of a sequence do.
+    """
+
+    grid: tuple[int, int]
+    num_conditions: int
+    width: int
+
+    def setup(self):
+        def table(name, size):
+            return self.param(name, nn.initializers.zeros, (size, self.width))
+
+        rows, columns = self.grid
+        self.conditions = table("conditions", self.num_conditions)
+        self.rows, self.columns = table("rows", rows), table("columns", columns)
+
+    def of_conditions(self):
+        """`(num_conditions, width)`."""
+        return self.conditions
+
+    def of_codes(self, places):
+        """Places row by row `(n,)` int -> `(n, width)`."""
+        return self.rows[places // self.grid[1]] + self.columns[places % self.grid[1]]

@@ -8,6 +8,9 @@ then, and takes the moments of each tile; a last pass gives the values.
 
 Every pass begins again at the last map that was kept whole. A decoder of f16 in this way computes
 a 2048x2048 image some five times, and holds no map larger than those of a 1024x1024 image.
+
+Only the convolutional decoder goes in tiles. In a vision transformer every block sees the whole,
+and no map is larger than the grid of codes.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vqgan_jax.models.autoencoder import Decoder
 from vqgan_jax.models.cpu import group_mean
 from vqgan_jax.models.layers import (
     AttentionBlock,
@@ -38,13 +42,16 @@ TILE_MAP = 2**23
 def decode_codes(module: VQGAN, variables, codes: jax.Array) -> jax.Array:
     """Codes `(B, h, w)` -> images `(B, f h, f w, C)`, not clipped; large ones in tiles.
 
-    As `VQGAN.decode`, which it calls where no map of the decoder is above `LARGEST_MAP`.
+    As `VQGAN.decode`, which it calls where no map of the decoder is above `LARGEST_MAP`, and where
+    the decoder is a vision transformer.
     """
-    height, width = codes.shape[1:3]
-    levels = range(len(module.channel_multipliers))
-    if max(_map_values(module, level, height, width) for level in levels) <= LARGEST_MAP:
-        return module.apply(variables, codes, method="decode")
-    return decode_in_tiles(module, variables, codes)
+    decoder = module.decoder
+    if isinstance(decoder, Decoder):
+        height, width = codes.shape[1:3]
+        levels = range(len(decoder.channel_multipliers))
+        if max(_map_values(decoder, level, height, width) for level in levels) > LARGEST_MAP:
+            return decode_in_tiles(module, variables, codes)
+    return module.apply(variables, codes, method="decode")
 
 
 def decode_in_tiles(
@@ -56,16 +63,17 @@ def decode_in_tiles(
     `tile` and `keep` are.
 
     Args:
-        module: the tokenizer.
+        module: the tokenizer, whose decoder is convolutional.
         variables: its own.
         codes: of any size.
         tile: values of a tile's map without its margin; more takes more memory and less time.
         keep: values that a map may have to be kept whole; the same.
     """
-    module = module.clone(remat=False)  # it is for gradients
+    decoder = module.decoder.clone(remat=False)  # it is for gradients
+    module = module.clone(decoder=decoder)
     batch, height, width = codes.shape[:3]
-    lowest = len(module.channel_multipliers) - 1
-    first, stages = plan(module, height, width, tile, keep)
+    lowest = len(decoder.channel_multipliers) - 1
+    first, stages = plan(decoder, height, width, tile, keep)
 
     def new_map(batch, level, channels, dtype):
         scale = 1 << (lowest - level)
@@ -75,11 +83,13 @@ def decode_in_tiles(
         own = jax.lax.dynamic_slice_in_dim(codes, i, 1)
         x = module.apply(variables, own, first, method=_run_whole)
         for stage in stages[:-1]:
-            output = new_map(1, stage.target, _width(module, stage.target), module.dtype)
+            output = new_map(1, stage.target, _width(decoder, stage.target), decoder.dtype)
             x = _run_in_tiles(module, variables, stage, tile, x, output, 0)
         return _run_in_tiles(module, variables, stages[-1], tile, x, images, i)
 
-    images = new_map(batch, 0, module.out_channels, jnp.promote_types(module.dtype, jnp.float32))
+    dtype = jnp.promote_types(decoder.dtype, jnp.float32)
+    channels = decoder.out_channels // (2 if module.logit_laplace else 1)
+    images = new_map(batch, 0, channels, dtype)
     return jax.lax.fori_loop(0, batch, decode_image, images)
 
 
@@ -129,7 +139,7 @@ class Stage:
 
 
 def plan(
-    module: VQGAN, height: int, width: int, tile: int, keep: int
+    decoder: Decoder, height: int, width: int, tile: int, keep: int
 ) -> tuple[int, tuple[Stage, ...]]:
     """How a grid of codes is decoded.
 
@@ -138,33 +148,35 @@ def plan(
         stages that follow. Whole are levels up to the last with attention, and those whose maps
         are no larger than a tile's.
     """
-    levels = len(module.channel_multipliers)
-    attention = [i for i in range(levels) if module.resolution >> i in module.attention_resolutions]
+    levels = len(decoder.channel_multipliers)
+    attention = [
+        i for i in range(levels) if decoder.resolution >> i in decoder.attention_resolutions
+    ]
     first = min(attention, default=levels)
-    while first > 0 and _map_values(module, first - 1, height, width) <= tile:
+    while first > 0 and _map_values(decoder, first - 1, height, width) <= tile:
         first -= 1
 
-    blocks = module.num_res_blocks + 1
+    blocks = decoder.num_res_blocks + 1
     stages, source, pending = [], min(first, levels - 1), []
     for level in reversed(range(first)):
         pending.append(level)
         positions = height * width << 2 * (levels - 1 - level)
-        if level > 0 and positions * _width(module, level) <= keep:
+        if level > 0 and positions * _width(decoder, level) <= keep:
             stages.append(Stage(source, tuple(pending), False, blocks))
             source, pending = level, []
     return first, (*stages, Stage(source, tuple(pending), True, blocks))
 
 
-def _width(module: VQGAN, level: int) -> int:
+def _width(decoder: Decoder, level: int) -> int:
     """Channels that leave a level; below the lowest they are its own."""
-    multipliers = module.channel_multipliers
-    return module.channels * multipliers[min(level, len(multipliers) - 1)]
+    multipliers = decoder.channel_multipliers
+    return decoder.channels * multipliers[min(level, len(multipliers) - 1)]
 
 
-def _map_values(module: VQGAN, level: int, height: int, width: int) -> int:
+def _map_values(decoder: Decoder, level: int, height: int, width: int) -> int:
     """Values of the largest map of a level for codes `(height, width)`."""
-    positions = height * width << 2 * (len(module.channel_multipliers) - 1 - level)
-    return positions * max(_width(module, level), _width(module, level + 1))
+    positions = height * width << 2 * (len(decoder.channel_multipliers) - 1 - level)
+    return positions * max(_width(decoder, level), _width(decoder, level + 1))
 
 
 # ---- Tiles.
@@ -267,8 +279,9 @@ def _joined(count, mean, variance):
 
 def _run_in_tiles(module, variables, stage, tile, x, output, i):
     """Writes what a stage makes of the whole map `x` into `output[i]`."""
+    decoder = module.decoder
     side = min(
-        math.isqrt(tile // max(_width(module, level), _width(module, level + 1)))
+        math.isqrt(tile // max(_width(decoder, level), _width(decoder, level + 1)))
         << (level - stage.target)
         for level in (stage.target, *stage.levels)
     )
@@ -331,7 +344,7 @@ def _run_tile(module, x, stage, place, known):
             if norms.moments is not None:
                 return None, norms.moments
         if stage.last:
-            x = decoder.head(nn.swish(decoder.norm_out(x)))
+            x = module.head(nn.swish(decoder.norm_out(x)))
     starts = [axis.core_start(index) - axis.start(at, index) for axis, index in place]
     cores = [axis.core for axis, _ in place]
     values = jax.lax.dynamic_slice(x, (0, *starts, 0), (1, *cores, x.shape[-1]))

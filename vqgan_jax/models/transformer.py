@@ -19,7 +19,7 @@ from vqgan_jax.models.attention import Linear, SelfAttention
 from vqgan_jax.models.layers import at_least_float32
 from vqgan_jax.models.operations import normalize_tokens
 from vqgan_jax.models.orders import ROW_MAJOR, Permutation, permutation
-from vqgan_jax.models.positions import rotary_angles
+from vqgan_jax.models.positions import GridPositions, rotary_angles
 
 
 class FeedForward(nn.Module):
@@ -117,9 +117,9 @@ class Transformer(nn.Module):
 
     Attributes:
         codebook_size: codes there are to predict.
-        grid: rows and columns of codes, for rotary positions and orders.
-        order: of the codes, one of `orders.ORDERS`. Learned positions are those in the sequence,
-            rotary positions those in the grid.
+        grid: rows and columns of codes, for positions in two dimensions and for orders.
+        order: of the codes, one of `orders.ORDERS`. Learned positions are those in the sequence;
+            rotary positions, and those learned in two dimensions, are those in the grid.
         num_conditions: condition tokens in front of the codes, at least 1.
         condition_shapes: for rotary positions, of which kinds these are, `(n,)` or
             `(rows, columns)` over the image; empty where each is one by itself.
@@ -133,7 +133,8 @@ class Transformer(nn.Module):
         hidden: channels within a feed-forward.
         norm: "layer" or "rms".
         feed_forward: "gelu" or "swiglu".
-        positions: "learned" or "rotary".
+        positions: "learned", "learned_2d" (a vector of each row plus one of each column) or
+            "rotary".
         qk_norm: normalised queries and keys.
         use_bias: in linear layers; never in the head.
         num_unmasked: so many first tokens see each other in both directions.
@@ -181,6 +182,8 @@ class Transformer(nn.Module):
         if self.positions == "learned":
             shape = (self.max_length, self.width)
             self.position_embedding = self.param("position_embedding", nn.initializers.zeros, shape)
+        elif self.positions == "learned_2d":
+            self.grid_positions = GridPositions(self.grid, self.num_conditions, self.width)
         block = nn.remat(Block, static_argnums=(5,), prevent_cse=False) if self.remat else Block
         self.blocks = nn.scan(
             block,
@@ -221,11 +224,17 @@ class Transformer(nn.Module):
         Returns:
             `(B, N, codebook_size)` float32 or wider, row by row.
         """
+        x = self.states(conditions, codes, train)[:, conditions.shape[1] - 1 :]
         order = self.permutation()
-        if order is not None:
-            codes = codes[:, order.forward]
-        x = self._hidden(conditions, codes[:, :-1], train)[:, conditions.shape[1] - 1 :]
         return self.logits(x if order is None else x[:, order.inverse])
+
+    def states(self, conditions, codes, train: bool = False):
+        """What the last block gives for conditions and codes, as of `__call__`.
+
+        Returns:
+            `(B, num_conditions + N - 1, width)`, conditions first, codes in the model's order.
+        """
+        return self._through_blocks(self.embed_sequence(conditions, codes), train)
 
     def code_logits(self, conditions, codes, n):
         """Logits of one code of each sequence, given the conditions and the codes before it.
@@ -239,7 +248,8 @@ class Transformer(nn.Module):
         Returns:
             `(B, codebook_size)` float32 or wider.
         """
-        x = self._hidden(conditions, codes, train=False)
+        tokens = [self.embed_conditions(conditions), self.embed_codes(codes)]
+        x = self._through_blocks(jnp.concatenate(tokens, axis=1), train=False)
         return self.logits(x[jnp.arange(len(x)), conditions.shape[1] - 1 + n])
 
     def prefill(self, conditions):
@@ -256,11 +266,30 @@ class Transformer(nn.Module):
     def embed_conditions(self, conditions):
         """`(B, num_conditions)` int -> `(B, num_conditions, width)` with positions."""
         table = self.condition_embedding if self.condition_size else self.code_embedding
-        return self._with_positions(table(conditions), 0)
+        tokens = table(conditions)
+        if self.positions == "learned":
+            tokens += self._learned_positions(0, tokens.shape[1])
+        elif self.positions == "learned_2d":
+            tokens += self.grid_positions.of_conditions()
+        return tokens.astype(self.dtype)
 
     def embed_codes(self, codes, first: int | jax.Array = 0):
         """Codes of the sequence, as `embed_conditions`: `(B, n)` int, from number `first` on."""
-        return self._with_positions(self.code_embedding(codes), self.num_conditions + first)
+        tokens = self.code_embedding(codes)
+        if self.positions == "learned":
+            tokens += self._learned_positions(self.num_conditions + first, codes.shape[1])
+        elif self.positions == "learned_2d":
+            order, places = self.permutation(), first + jnp.arange(codes.shape[1])
+            places = places if order is None else jnp.asarray(order.forward)[places]
+            tokens += self.grid_positions.of_codes(places)
+        return tokens.astype(self.dtype)
+
+    def embed_sequence(self, conditions, codes):
+        """What the first block sees, as `states`."""
+        order = self.permutation()
+        codes = codes if order is None else codes[:, order.forward]
+        tokens = [self.embed_conditions(conditions), self.embed_codes(codes[:, :-1])]
+        return jnp.concatenate(tokens, axis=1)
 
     def logits(self, x):
         """Hidden values `(..., width)` -> logits, float32 or wider."""
@@ -271,7 +300,7 @@ class Transformer(nn.Module):
         return None if self.order == ROW_MAJOR else permutation(self.order, *self.grid)
 
     def angles(self):
-        """Rotary angles of the sequence `(num_conditions + N, head_dim / 2)`; None where learned.
+        """Rotary angles of the sequence `(num_conditions + N, head_dim / 2)`; None without them.
 
         Those of a code are of its place in the grid.
         """
@@ -285,9 +314,7 @@ class Transformer(nn.Module):
             angles = np.concatenate([angles[: self.num_conditions], codes])
         return angles
 
-    def _hidden(self, conditions, codes, train):
-        code_tokens = self.embed_codes(codes)
-        tokens = jnp.concatenate([self.embed_conditions(conditions), code_tokens], axis=1)
+    def _through_blocks(self, tokens, train):
         x = self.embedding_drop(tokens, deterministic=not train)
         x, _ = self.blocks(x, self._angles(x.shape[1]), None, None, train)
         return x
@@ -296,9 +323,5 @@ class Transformer(nn.Module):
         angles = self.angles()
         return None if angles is None else jnp.asarray(angles[:length])
 
-    def _with_positions(self, tokens, first):
-        if self.positions == "learned":
-            tokens += jax.lax.dynamic_slice_in_dim(
-                self.position_embedding, first, tokens.shape[1], axis=0
-            )
-        return tokens.astype(self.dtype)
+    def _learned_positions(self, first, count):
+        return jax.lax.dynamic_slice_in_dim(self.position_embedding, first, count, axis=0)

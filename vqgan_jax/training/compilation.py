@@ -39,12 +39,16 @@ def compile_players(game: Game, state_layout, rows, whole) -> tuple[Callable, Ca
         rows: the sharding of batches.
         whole: the sharding of metrics, replicated.
     """
-    compiled = functools.partial(
-        jax.jit, donate_argnums=0, static_argnames="playing", compiler_options=compile_options()
-    )
+    compiled = functools.partial(jax.jit, donate_argnums=0, compiler_options=compile_options())
     return (
         compiled(
-            functools.partial(generator_step, game), out_shardings=(state_layout, whole, rows)
+            functools.partial(generator_step, game),
+            static_argnames="playing",
+            out_shardings=(state_layout, whole, rows),
         ),
-        compiled(functools.partial(discriminator_step, game), out_shardings=(state_layout, whole)),
+        compiled(
+            functools.partial(discriminator_step, game),
+            static_argnames=("playing", "regularizing"),
+            out_shardings=(state_layout, whole),
+        ),
     )

@@ -14,7 +14,13 @@ from vqgan_jax.training.states import TokenizerState, micro_batch_keys
 
 
 def discriminator_step(
-    game: Game, state: TokenizerState, images, reconstructions, *, playing: bool
+    game: Game,
+    state: TokenizerState,
+    images,
+    reconstructions,
+    *,
+    playing: bool,
+    regularizing: bool = False,
 ):
     """One update of the discriminator, after the generator's step on the same images.
 
@@ -26,6 +32,8 @@ def discriminator_step(
             `discriminator.refresh_reconstruction` the updated generator makes them anew.
         playing: whether the adversarial game has started (static). Before it does, gradients are
             zero; only the optimiser counts its steps, as the reference's does.
+        regularizing: whether this update has the R1 term (`game.regularizes(step)`). It is static
+            too: the program without it computes nothing of it.
 
     Returns:
         The state after it, and metrics.
@@ -38,7 +46,9 @@ def discriminator_step(
         images = prepare_images(game.config, images)
         if game.config.discriminator.refresh_reconstruction:
             reconstructions = _refreshed(game, state, images, index)
-        return discriminator_gradients(game, state, step, running, images, reconstructions)
+        return discriminator_gradients(
+            game, state, step, running, images, reconstructions, regularizing
+        )
 
     running = Running(discriminator.batch_stats, discriminator.logit_averages)
     gradients, metrics = jax.tree.map(jnp.zeros_like, discriminator.params), {}
@@ -73,12 +83,25 @@ class Running:
 
 
 def discriminator_gradients(
-    game: Game, state: TokenizerState, step, running: Running, images, reconstructions
+    game: Game,
+    state: TokenizerState,
+    step,
+    running: Running,
+    images,
+    reconstructions,
+    regularizing: bool = False,
 ):
     """Gradients of the discriminator's loss on one micro-batch.
 
     Real and fake go through the discriminator one after the other, as in the reference, so that
     BatchNorm sees each by itself.
+
+    R1 is lazy (Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", B): it
+    comes every `r1_interval` updates and counts so many times as much. StyleGAN2 makes it an update
+    of its own, and lowers learning rate and betas for the updates that are more by it. Here it goes
+    into the same update as the loss, so their number is what it was and both stay as they are. The
+    networks in it are those that play, BatchNorm with the batch's statistics, and it moves no
+    running ones.
 
     Returns:
         Moved statistics, gradients, metrics, and None for outputs.
@@ -109,6 +132,12 @@ def discriminator_gradients(
             metrics["raw/lecam"] = adversarial.lecam(real, fake, real_average, fake_average)
             metrics["weighted/lecam"] = config.lecam * metrics["raw/lecam"]
             total += metrics["weighted/lecam"]
+        if regularizing:
+            metrics["raw/r1"] = adversarial.r1(
+                lambda images: logits_of(params, images, running.batch_stats)[0], images
+            )
+            metrics["weighted/r1"] = config.r1_interval * config.r1 / 2 * metrics["raw/r1"]
+            total += metrics["weighted/r1"]
         metrics["loss/discriminator"] = total
         return total, (metrics, moved)
 

@@ -17,7 +17,10 @@ from vqgan_jax.training.images import prepare_images
 
 
 def encode_raw(tokenizer: Tokenizer, variables, raw: jax.Array) -> jax.Array:
-    """Raw images or label maps `(B, ...)` -> codes `(B, h * w)` int32, in the order of rows."""
+    """Raw images or label maps `(B, ...)` -> codes `(B, h * w)` int32, in the order of rows.
+
+    `(B, h * w * depth)` where a position has several, which stay together.
+    """
     images = prepare_images(tokenizer.config, raw)
     codes = tokenizer.module.apply(variables, images, method="encode")
     return codes.reshape(len(codes), -1)
@@ -29,6 +32,16 @@ def check_channels(what: str, tokenizer: Tokenizer) -> None:
     if tokenizer.config.data.num_labels == 0 and channels not in (1, 3):
         raise DataError(
             f"The {what} takes {channels} channels; pictures have 3, or are read as grey for 1."
+        )
+
+
+def check_one_code(what: str, tokenizer: Tokenizer) -> None:
+    """Raises `DataError` where a tokenizer gives several codes a position."""
+    if tokenizer.depth > 1:
+        raise DataError(
+            f"The {what} gives {tokenizer.depth} codes a position (config.model.quantizer.kind is "
+            f"{tokenizer.config.model.quantizer.kind}), and a transformer takes one; use a "
+            "tokenizer of another kind."
         )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vqgan_jax.losses.reconstruction import logit_laplace
 from vqgan_jax.metrics.codebook import code_counts, perplexity, usage
 from vqgan_jax.metrics.reconstruction import as_8_bit, psnr, ssim
 from vqgan_jax.training.game import Game
@@ -20,7 +21,8 @@ def reconstruction_figures(
     """Figures `(B,)` of each image: PSNR, SSIM, L1, L2 and LPIPS, on images rounded to 8 bits.
 
     For label maps: binary cross-entropy and the share of pixels whose label is right.
-    `reconstruction_loss` is the weighted sum that training minimises.
+    `reconstruction_loss` is the weighted sum that training minimises; the logit-Laplace term, which
+    needs more than a reconstruction, is added by `evaluation_step`.
 
     Args:
         game: the networks and the config.
@@ -62,14 +64,20 @@ def evaluation_step(game: Game, variables, perceptual_params, images, mask):
         mask: `(B,)`, 0 for rows that do not count.
 
     Returns:
-        Sums by name, the number of images that count under "images"; and `(K,)` code counts.
+        Sums by name, the number of images that count under "images"; and the `code_counts`.
     """
     images = prepare_images(game.config, images)
-    reconstructions, quantized = game.tokenizer.apply(variables, images)
+    output, quantized = game.tokenizer.apply(variables, images, method="predict")
+    reconstructions = game.tokenizer.to_images(output)
     figures = reconstruction_figures(game, perceptual_params, images, reconstructions)
+    weight = game.config.loss.logit_laplace
+    if weight > 0:
+        figures["logit_laplace"] = logit_laplace(images, output).mean(axis=(1, 2, 3))
+        figures["reconstruction_loss"] += weight * figures["logit_laplace"]
     sums = {name: jnp.sum(jnp.where(mask > 0, value, 0.0)) for name, value in figures.items()}
-    size = game.config.model.quantizer.codebook_size
-    return sums | {"images": jnp.sum(mask)}, code_counts(quantized.codes, size, mask > 0)
+    quantizer = game.config.model.quantizer
+    counts = code_counts(quantized.codes, quantizer.codebook_size, mask > 0, quantizer.depth)
+    return sums | {"images": jnp.sum(mask)}, counts
 
 
 def evaluate(evaluation_step, batches: Iterable, variables, perceptual_params) -> dict[str, float]:

@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 
 from vqgan_jax.models.discriminator import PatchDiscriminator
 from vqgan_jax.models.lpips import LPIPS
+from vqgan_jax.models.stylegan_discriminator import StyleGANDiscriminator
 from vqgan_jax.models.vqgan import VQGAN
-from vqgan_jax.training import optimizers
+from vqgan_jax.training import freezing, optimizers
 from vqgan_jax.training.states import (
     DiscriminatorState,
     GeneratorState,
@@ -28,9 +29,26 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 def make_vqgan(model: ConfigDict) -> VQGAN:
     """The tokenizer that a config's `model` describes."""
-    fields = model.to_dict()
-    fields["dtype"] = compute_dtype(fields["dtype"])
-    return VQGAN(**fields)
+    return VQGAN.from_config(model.to_dict(), compute_dtype(model.dtype))
+
+
+def make_discriminator(
+    discriminator: ConfigDict, dtype: jnp.dtype
+) -> PatchDiscriminator | StyleGANDiscriminator:
+    """The other player, that a config's `discriminator` describes."""
+    if discriminator.kind == "stylegan":
+        return StyleGANDiscriminator(
+            base_channels=discriminator.base_channels,
+            max_channels=discriminator.max_channels,
+            group_size=discriminator.group_size,
+            dtype=dtype,
+        )
+    return PatchDiscriminator(
+        channels=discriminator.channels,
+        num_layers=discriminator.num_layers,
+        norm=discriminator.norm,
+        dtype=dtype,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +57,7 @@ class Game:
 
     config: ConfigDict
     tokenizer: VQGAN
-    discriminator: PatchDiscriminator
+    discriminator: PatchDiscriminator | StyleGANDiscriminator
     perceptual: LPIPS
     generator_schedule: optax.Schedule
     discriminator_schedule: optax.Schedule
@@ -59,17 +77,14 @@ class Game:
         ]
         return cls(
             config=config,
-            tokenizer=make_vqgan(config.model),
-            discriminator=PatchDiscriminator(
-                channels=config.discriminator.channels,
-                num_layers=config.discriminator.num_layers,
-                norm=config.discriminator.norm,
-                dtype=dtype,
-            ),
+            tokenizer=make_vqgan(config.model).clone(frozen=tuple(training.freeze)),
+            discriminator=make_discriminator(config.discriminator, dtype),
             perceptual=LPIPS(config.loss.perceptual_network.backbone, dtype=dtype),
             generator_schedule=schedules[0],
             discriminator_schedule=schedules[1],
-            generator_optimizer=optimizers.make_optimizer(optimizer, schedules[0]),
+            generator_optimizer=freezing.of_trained_parts(
+                config, optimizers.make_optimizer(optimizer, schedules[0])
+            ),
             discriminator_optimizer=optimizers.make_optimizer(optimizer, schedules[1]),
             temperature=optimizers.temperature_schedule(config.temperature),
         )
@@ -78,6 +93,11 @@ class Game:
         """Whether the adversarial game is computed at generator step `step` (from 0)."""
         config = self.config.discriminator
         return config.enabled and step >= config.start
+
+    def regularizes(self, step: int) -> bool:
+        """Whether the discriminator's update at generator step `step` (from 0) has the R1 term."""
+        config = self.config.discriminator
+        return self.plays(step) and config.r1 > 0 and (step + 1) % config.r1_interval == 0
 
     def init(self, images: jax.Array) -> TokenizerState:
         """The state before the first step; `images` are the first batch, in [-1, 1].

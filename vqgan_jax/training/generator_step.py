@@ -1,7 +1,7 @@
 """The generator's step of stage 1 ("Taming Transformers", 3.1, equations 4 to 7).
 
 There is one backward pass. The gradients of the reconstruction loss and of the adversarial loss are
-taken at the reconstruction and pushed through the last layer, where their norms give the adaptive
+taken at the last layer's output and pushed through that layer, where their norms give the adaptive
 weight; their weighted sum then goes once through everything else.
 """
 
@@ -13,6 +13,7 @@ import optax
 from vqgan_jax.losses import adversarial
 from vqgan_jax.metrics.codebook import code_counts, perplexity, usage
 from vqgan_jax.training.accumulation import accumulate
+from vqgan_jax.training.freezing import frozen_parts, without_gradient
 from vqgan_jax.training.game import Game
 from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.objectives import quantization_objective, reconstruction_objective
@@ -48,11 +49,12 @@ def generator_step(game: Game, state: TokenizerState, images, perceptual_params,
     updates, opt_state = game.generator_optimizer.update(
         gradients, generator.opt_state, generator.params
     )
-    params = optax.apply_updates(generator.params, updates)
+    frozen = frozen_parts(game.config, generator.params)
+    params = optax.apply_updates(generator.params, updates) | frozen
     ema_params = generator.ema_params
     if ema_params is not None:
         decay = game.config.optimizer.ema_decay
-        ema_params = update_moving_average(ema_params, params, state.step, decay)
+        ema_params = update_moving_average(ema_params, params, state.step, decay) | frozen
     metrics["gradient_norm/generator"] = optax.tree.norm(gradients)
     metrics["learning_rate/generator"] = game.generator_schedule(state.step)
 
@@ -101,7 +103,7 @@ def generator_gradients(
 
     def features_and_quantization(params):
         (features, quantized), updates = tokenizer.apply(
-            {"params": params, "codebook": running.codebook},
+            {"params": without_gradient(config, params), "codebook": running.codebook},
             images,
             train=True,
             temperature=game.temperature(state.step),
@@ -115,35 +117,47 @@ def generator_gradients(
     (features, quantization_loss), pull_to_params, (codebook, codes, quantization_terms) = jax.vjp(
         features_and_quantization, state.generator.params, has_aux=True
     )
-    reconstructions, pull_to_layer = jax.vjp(
+    output, pull_to_layer = jax.vjp(
         lambda layer, features: tokenizer.apply(
-            {"params": tokenizer.only_last_layer(layer)}, features, method="head"
+            {"params": tokenizer.only_last_layer(layer)}, features, method="output"
         ),
         tokenizer.last_layer(state.generator.params),
         features,
     )
+    reconstructions, pull_to_output = jax.vjp(tokenizer.to_images, output)
 
-    def objective(reconstructions):
+    def objective(output):
         key = micro_batch_keys(game.config.seed, state.step, index)["perceptual"]
         return reconstruction_objective(
-            config.loss, game.perceptual, perceptual_params, images, reconstructions, key
+            config.loss,
+            game.perceptual,
+            perceptual_params,
+            images,
+            tokenizer.to_images(output),
+            output,
+            key,
         )
 
     (reconstruction_loss, reconstruction_terms), cotangent = jax.value_and_grad(
         objective, has_aux=True
-    )(reconstructions)
+    )(output)
     layer_gradient = pull_to_layer(cotangent)[0]
 
     total = reconstruction_loss + quantization_loss
     metrics = quantization_terms | reconstruction_terms
     if playing:
         term = adversarial_term(
-            game, state, running.batch_stats, reconstructions, layer_gradient, pull_to_layer
+            game,
+            state,
+            running.batch_stats,
+            reconstructions,
+            layer_gradient,
+            lambda cotangent: pull_to_layer(*pull_to_output(cotangent)),
         )
         share = adversarial_share(game, state.step)
         scale = share * term.weight
         total += scale * term.loss
-        cotangent += scale * term.cotangent
+        cotangent += scale * pull_to_output(term.cotangent)[0]
         layer_gradient = jax.tree.map(
             lambda a, b: a + scale * b, layer_gradient, term.layer_gradient
         )
@@ -158,7 +172,8 @@ def generator_gradients(
     features_cotangent = pull_to_layer(cotangent)[1]
     (gradients,) = pull_to_params((features_cotangent, jnp.ones_like(quantization_loss)))
     gradients = tokenizer.with_last_layer(gradients, layer_gradient)
-    counts = code_counts(codes, config.model.quantizer.codebook_size)
+    quantizer = config.model.quantizer
+    counts = code_counts(codes, quantizer.codebook_size, depth=quantizer.depth)
     metrics |= {
         "loss/total": total,
         "loss/reconstruction": reconstruction_loss,

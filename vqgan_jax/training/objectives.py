@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vqgan_jax.losses import quantization, reconstruction
+from vqgan_jax.losses import entropy, quantization, reconstruction
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.quantizers import Quantized
 
@@ -27,11 +27,12 @@ def uses_perceptual(loss: ConfigDict) -> bool:
 
 
 def reconstruction_objective(
-    loss: ConfigDict, perceptual: LPIPS, perceptual_params, images, reconstructions, key
+    loss: ConfigDict, perceptual: LPIPS, perceptual_params, images, reconstructions, output, key
 ) -> tuple[jax.Array, Terms]:
     """Pixel and perceptual terms between images and reconstructions `(B, H, W, C)`.
 
     With a binary cross-entropy term (label maps), `reconstructions` are logits and it stands alone.
+    `output` is what the decoder made the reconstructions of; the logit-Laplace term is about it.
     """
     raw = {}
     if loss.binary_cross_entropy > 0:
@@ -41,6 +42,8 @@ def reconstruction_objective(
         raw["l1"] = reconstruction.l1(images, reconstructions)
     if loss.l2 > 0:
         raw["l2"] = reconstruction.l2(images, reconstructions)
+    if loss.logit_laplace > 0:
+        raw["logit_laplace"] = jnp.mean(reconstruction.logit_laplace(images, output))
     if uses_perceptual(loss):
         distances = perceptual.apply(
             {"params": perceptual_params},
@@ -56,15 +59,28 @@ def reconstruction_objective(
 def quantization_objective(
     loss: ConfigDict, kind: str, quantized: Quantized
 ) -> tuple[jax.Array, Terms]:
-    """What trains codes and latents, by the quantiser's `kind`; times `loss.codebook`."""
+    """What trains codes and latents, by the quantiser's `kind`; nothing for "fsq".
+
+    `loss.codebook` weighs all but the entropy term, whose weight is `loss.entropy`.
+    """
+    raw = {}
     if kind == "gumbel":
-        raw = loss.kl * quantization.divergence_from_uniform(quantized.logits)
-    else:
-        raw = quantization.vector_quantization(
+        raw["quantization"] = loss.kl * quantization.divergence_from_uniform(quantized.logits)
+    elif kind != "fsq":
+        raw["quantization"] = quantization.vector_quantization(
             quantized.latents,
             quantized.vectors,
             beta=loss.commitment,
             legacy=loss.legacy_codebook,
-            codebook_learns=kind != "ema",
+            codebook_learns=kind not in ("ema", "lfq"),
         )
-    return weighted_sum({"quantization": raw}, {"quantization": loss.codebook})
+    if loss.entropy > 0:
+        raw["entropy"] = entropy_term(loss, kind, quantized)
+    return weighted_sum(raw, {"quantization": loss.codebook, "entropy": loss.entropy})
+
+
+def entropy_term(loss: ConfigDict, kind: str, quantized: Quantized) -> jax.Array:
+    """The entropy loss of a quantiser that looks up one codebook, or of "lfq"."""
+    if kind == "lfq":
+        return entropy.sign_entropy(quantized.latents, loss.entropy_temperature, loss.entropy_bits)
+    return entropy.codebook_entropy(quantized.latents, quantized.codebook, loss.entropy_temperature)

@@ -12,27 +12,41 @@ def peak_learning_rate(optimizer: ConfigDict, batch_size: int) -> float:
 
 
 def learning_rate_schedule(optimizer: ConfigDict, peak: float, num_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then constant or cosine down to `end_factor` x peak."""
+    """Linear warm-up from 0, the peak until `decay_start`, then down to `end_factor` x peak.
+
+    Down by half a cosine or exponentially, over the steps that are left; or "constant" to the end.
+    """
     warmup_steps = optimizer.warmup_steps
+    start = max(optimizer.decay_start, warmup_steps)
+    decay_steps, end_factor = max(1, num_steps - start), optimizer.end_factor
+    pieces = [optax.constant_schedule(peak)]
+    boundaries = []
+    if warmup_steps > 0:
+        pieces.insert(0, optax.linear_schedule(0.0, peak, warmup_steps))
+        boundaries.append(warmup_steps)
     if optimizer.schedule == "cosine":
-        rest = optax.cosine_decay_schedule(
-            peak, max(1, num_steps - warmup_steps), optimizer.end_factor
+        pieces.append(optax.cosine_decay_schedule(peak, decay_steps, end_factor))
+        boundaries.append(start)
+    elif optimizer.schedule == "exponential":
+        pieces.append(
+            optax.exponential_decay(peak, decay_steps, end_factor, end_value=end_factor * peak)
         )
-    else:
-        rest = optax.constant_schedule(peak)
-    if warmup_steps == 0:
-        return rest
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, warmup_steps), rest], [warmup_steps]
-    )
+        boundaries.append(start)
+    return optax.join_schedules(pieces, boundaries)
 
 
 def make_optimizer(optimizer: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping, Adam, decoupled weight decay (kernels only), learning rate; in that order."""
+    """Clipping, Adam, decoupled weight decay (kernels only), learning rate; in that order.
+
+    The first moment may be kept in bfloat16. ViT-VQGAN's second stage keeps it in 8 bits, and the
+    second moment as the product of a row and a column ("Adafactor", Shazeer and Stern 2018): less
+    memory still than here, where the second moment is whole and the update nearer to Adam's.
+    """
     parts = []
     if optimizer.clip_norm > 0:
         parts.append(optax.clip_by_global_norm(optimizer.clip_norm))
-    parts.append(optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps))
+    narrow = jnp.bfloat16 if optimizer.first_moment == "bfloat16" else None
+    parts.append(optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps, mu_dtype=narrow))
     if optimizer.weight_decay > 0:
         parts.append(optax.add_decayed_weights(optimizer.weight_decay, mask=_kernels))
     parts.append(optax.scale_by_learning_rate(schedule))

@@ -20,7 +20,7 @@ from vqgan_jax.training.checkpoints import (
     condition_folder,
     write_export,
 )
-from vqgan_jax.training.encoding import check_channels
+from vqgan_jax.training.encoding import check_channels, check_one_code
 
 
 def tokenizers_of_run(
@@ -31,7 +31,7 @@ def tokenizers_of_run(
     Raises:
         CheckpointError: one does not exist.
         ConfigError: the run was begun with another one, from another path.
-        DataError: one takes other images than data sets have.
+        DataError: one takes other images than data sets have, or gives several codes a position.
     """
     begun = {}
     if (workdir / CONFIG_FILE).exists():
@@ -54,9 +54,11 @@ def tokenizers_of_run(
         for name in config.condition.kinds
         if name in images
     }
-    check_channels("tokenizer", tokenizer)
-    for name, own in of_conditions.items():
-        check_channels(f"tokenizer of the condition {name}", own)
+    tokenizers = {"tokenizer": tokenizer}
+    tokenizers |= {f"tokenizer of the condition {k}": own for k, own in of_conditions.items()}
+    for what, own in tokenizers.items():
+        check_channels(what, own)
+        check_one_code(what, own)
     return tokenizer, of_conditions
 
 

@@ -91,13 +91,17 @@ class TokenizerStage:
     def update(self, state: TokenizerState, batch, step: int) -> tuple[TokenizerState, dict]:
         """One update of both players."""
         images = batch["image"]
-        playing = self._game.plays(step)  # two programs: before the adversarial game, and in it
+        playing = self._game.plays(step)  # a program each: before the adversarial game, and in it
         state, metrics, reconstructions = self._update_generator(
             state, images, self._perceptual_params, playing=playing
         )
         if self.config.discriminator.enabled:
             state, more = self._update_discriminator(
-                state, images, reconstructions, playing=playing
+                state,
+                images,
+                reconstructions,
+                playing=playing,
+                regularizing=self._game.regularizes(step),
             )
             metrics |= more
         return state, metrics
