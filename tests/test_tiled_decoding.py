@@ -81,6 +81,15 @@ def test_images_are_those_of_the_decoder(case):
     assert np.abs(whole - in_tiles).max() <= 1e-5 * np.abs(whole).max()
 
 
+def test_norms_of_each_position_alone_need_no_pass_of_their_own():
+    module = tokenizer((1, 1, 2), norm="layer", middle_attention=False, num_res_blocks=1)
+    variables, codes = random_variables(module), random_codes(2, 21, 17)
+    _, stages = plan(module, 21, 17, 2**11, 0)
+    assert [stage.num_norms for stage in stages] == [0]
+    whole, in_tiles = decode_both_ways(module, variables, codes, 2**11, 0)
+    assert np.abs(whole - in_tiles).max() <= 1e-5 * np.abs(whole).max()
+
+
 def test_nothing_but_rounding_differs(float64):
     module = tokenizer((1, 1, 2), (2,), dtype="float64")
     variables, codes = random_variables(module), random_codes(1, 9, 11)
@@ -166,7 +175,7 @@ def test_large_grids_go_in_tiles_by_themselves(monkeypatch):
 
 def test_attention_in_blocks_is_attention(monkeypatch, float64):
     x = np.random.default_rng(0).standard_normal((2, 9, 11, 8))
-    block = AttentionBlock(4, jnp.float64)
+    block = AttentionBlock(functools.partial(layers.GroupNorm, 4), jnp.float64)
     variables = jax.tree.map(lambda leaf: 3.0 * leaf, block.init(jax.random.key(0), x))
 
     def output_and_gradient():

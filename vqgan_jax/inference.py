@@ -127,6 +127,8 @@ class Tokenizer:
         config = {name: model[name] for name in _ENCODING_CONFIG}
         config["quantizer"] = {name: model.quantizer[name] for name in _QUANTIZER_CONFIG}
         config["num_labels"] = self.config.data.num_labels
+        if model.norm != "group":  # as tokenizers of older versions have it
+            config["norm"] = model.norm
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         flat, _ = jax.tree_util.tree_flatten_with_path(self.variables)
         for name, leaf in sorted((path_name(path), leaf) for path, leaf in flat):

@@ -21,7 +21,9 @@ def tokenizer_config() -> ConfigDict:
             num_res_blocks=2,  # a level of the encoder; the decoder has one more
             attention_resolutions=(16,),
             latent_channels=256,
-            num_groups=32,  # of GroupNorm; below 128 channels fewer keep colours better
+            middle_attention=True,  # at the lowest resolution, of all positions to all
+            norm="group",  # over the whole image, as in the paper; "layer" = at each position alone
+            num_groups=32,  # of "group"; below 128 channels fewer keep colours better
             dropout=0.0,
             remat=False,  # recompute residual blocks in the backward pass: less memory, more time
         )
@@ -93,6 +95,7 @@ def downsampling_factor(model: ConfigDict) -> int:
 def validate_tokenizer(config: ConfigDict) -> None:
     """Raises `ConfigError` for values that cannot work, before anything compiles."""
     validate_base(config)
+    one_of(config, "model.norm", "group", "layer")
     one_of(config, "model.quantizer.kind", "nearest", "ema", "gumbel")
     one_of(config, "discriminator.norm", "batch", "act", "group")
     one_of(config, "discriminator.loss", "hinge", "vanilla", "non_saturating")
@@ -110,7 +113,7 @@ def validate_tokenizer(config: ConfigDict) -> None:
     )
     for multiplier in model.channel_multipliers:
         require(
-            model.channels * multiplier % model.num_groups == 0,
+            model.norm == "layer" or model.channels * multiplier % model.num_groups == 0,
             f"config.model.channels x channel_multipliers gives {model.channels * multiplier} "
             f"channels, which config.model.num_groups {model.num_groups} does not divide.",
         )

@@ -4,6 +4,8 @@ Both are fully convolutional: `resolution` is only the nominal size that `attent
 refer to, as in the reference.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -28,7 +30,7 @@ class Level(nn.Module):
     num_blocks: int
     attention: bool
     resample: str = ""
-    num_groups: int = 32
+    norm: Callable[..., nn.Module] = GroupNorm
     dropout: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -37,11 +39,11 @@ class Level(nn.Module):
     def __call__(self, x, train: bool = False):
         block = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
         for i in range(self.num_blocks):
-            x = block(self.features, self.num_groups, self.dropout, self.dtype, name=f"block_{i}")(
+            x = block(self.features, self.norm, self.dropout, self.dtype, name=f"block_{i}")(
                 x, train
             )
             if self.attention:
-                x = AttentionBlock(self.num_groups, self.dtype, name=f"attention_{i}")(x)
+                x = AttentionBlock(self.norm, self.dtype, name=f"attention_{i}")(x)
         if self.resample == "downsample":
             x = Downsample(self.dtype, name="downsample")(x)
         elif self.resample == "upsample":
@@ -52,15 +54,17 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    num_groups: int = 32
+    attention: bool = True
+    norm: Callable[..., nn.Module] = GroupNorm
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        block = (x.shape[-1], self.num_groups, self.dropout, self.dtype)
+        block = (x.shape[-1], self.norm, self.dropout, self.dtype)
         x = ResidualBlock(*block, name="block_1")(x, train)
-        x = AttentionBlock(self.num_groups, self.dtype, name="attention_1")(x)
+        if self.attention:
+            x = AttentionBlock(self.norm, self.dtype, name="attention_1")(x)
         return ResidualBlock(*block, name="block_2")(x, train)
 
 
@@ -73,7 +77,8 @@ class Encoder(nn.Module):
     num_res_blocks: int
     attention_resolutions: tuple[int, ...]
     latent_channels: int
-    num_groups: int = 32
+    middle_attention: bool = True
+    norm: Callable[..., nn.Module] = GroupNorm
     dropout: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -88,14 +93,14 @@ class Encoder(nn.Module):
                 num_blocks=self.num_res_blocks,
                 attention=self.resolution >> i in self.attention_resolutions,
                 resample="downsample" if i < lowest else "",
-                num_groups=self.num_groups,
+                norm=self.norm,
                 dropout=self.dropout,
                 remat=self.remat,
                 dtype=self.dtype,
                 name=f"down_{i}",
             )(x, train)
-        x = Middle(self.num_groups, self.dropout, self.dtype, name="mid")(x, train)
-        x = nn.swish(GroupNorm(self.num_groups, dtype=self.dtype, name="norm_out")(x))
+        x = Middle(self.middle_attention, self.norm, self.dropout, self.dtype, name="mid")(x, train)
+        x = nn.swish(self.norm(dtype=self.dtype, name="norm_out")(x))
         return Conv(self.latent_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -112,7 +117,8 @@ class Decoder(nn.Module):
     num_res_blocks: int
     attention_resolutions: tuple[int, ...]
     out_channels: int
-    num_groups: int = 32
+    middle_attention: bool = True
+    norm: Callable[..., nn.Module] = GroupNorm
     dropout: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -120,21 +126,21 @@ class Decoder(nn.Module):
     def setup(self):
         width = self.channels * self.channel_multipliers[-1]
         self.conv_in = Conv(width, dtype=self.dtype)
-        self.mid = Middle(self.num_groups, self.dropout, self.dtype)
+        self.mid = Middle(self.middle_attention, self.norm, self.dropout, self.dtype)
         self.up = [
             Level(
                 features=self.channels * multiplier,
                 num_blocks=self.num_res_blocks + 1,
                 attention=self.resolution >> i in self.attention_resolutions,
                 resample="upsample" if i > 0 else "",
-                num_groups=self.num_groups,
+                norm=self.norm,
                 dropout=self.dropout,
                 remat=self.remat,
                 dtype=self.dtype,
             )
             for i, multiplier in enumerate(self.channel_multipliers)
         ]
-        self.norm_out = GroupNorm(self.num_groups, dtype=self.dtype)
+        self.norm_out = self.norm(dtype=self.dtype)
         self.conv_out = Conv(self.out_channels, dtype=self.dtype)
 
     def features(self, latents, train: bool = False):

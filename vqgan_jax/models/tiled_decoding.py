@@ -4,7 +4,8 @@ Convolutions see a neighbourhood, so that a tile with enough of a margin gives t
 the whole map. Two things see everything. Attention runs on the whole map, and with it all levels
 of lower resolution. Group normalisation needs mean and variance of the whole map, which are found
 norm by norm: a pass over all tiles runs up to the norm in question, those in front of it known by
-then, and takes the moments of each tile; a last pass gives the values.
+then, and takes the moments of each tile; a last pass gives the values. Layer normalisation at each
+position alone needs none of this.
 
 Every pass begins again at the last map that was kept whole. A decoder of f16 in this way computes
 a 2048x2048 image some five times, and holds no map larger than those of a 1024x1024 image.
@@ -95,12 +96,14 @@ class Stage:
         levels: those that the tiles go through, the lowest resolution first.
         last: whether it ends in images.
         blocks: residual blocks a level.
+        global_norms: whether norms see the whole map.
     """
 
     source: int
     levels: tuple[int, ...]
     last: bool
     blocks: int
+    global_norms: bool
 
     @property
     def target(self) -> int:
@@ -109,7 +112,9 @@ class Stage:
 
     @property
     def num_norms(self) -> int:
-        """A residual block has two, and one is in front of the last convolution."""
+        """Norms of the whole map: two a residual block, and one before the last convolution."""
+        if not self.global_norms:
+            return 0
         return 2 * self.blocks * len(self.levels) + self.last
 
     def margins(self) -> dict[int, int]:
@@ -144,15 +149,15 @@ def plan(
     while first > 0 and _map_values(module, first - 1, height, width) <= tile:
         first -= 1
 
-    blocks = module.num_res_blocks + 1
+    fixed = module.num_res_blocks + 1, module.norm == "group"
     stages, source, pending = [], min(first, levels - 1), []
     for level in reversed(range(first)):
         pending.append(level)
         positions = height * width << 2 * (levels - 1 - level)
         if level > 0 and positions * _width(module, level) <= keep:
-            stages.append(Stage(source, tuple(pending), False, blocks))
+            stages.append(Stage(source, tuple(pending), False, *fixed))
             source, pending = level, []
-    return first, (*stages, Stage(source, tuple(pending), True, blocks))
+    return first, (*stages, Stage(source, tuple(pending), True, *fixed))
 
 
 def _width(module: VQGAN, level: int) -> int:

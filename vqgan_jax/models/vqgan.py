@@ -1,5 +1,6 @@
 """The tokenizer of "Taming Transformers": encoder, quantiser and decoder together."""
 
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vqgan_jax.models.autoencoder import Decoder, Encoder
-from vqgan_jax.models.layers import Conv
+from vqgan_jax.models.layers import Conv, GroupNorm, LayerNorm
 from vqgan_jax.models.quantizers import Quantized, make_quantizer
 
 
@@ -28,19 +29,23 @@ class VQGAN(nn.Module):
     attention_resolutions: tuple[int, ...]
     latent_channels: int
     quantizer: Mapping
+    middle_attention: bool = True
+    norm: str = "group"
     num_groups: int = 32
     dropout: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
+        group_norm = functools.partial(GroupNorm, self.num_groups)
         shared = dict(
             resolution=self.resolution,
             channels=self.channels,
             channel_multipliers=tuple(self.channel_multipliers),
             num_res_blocks=self.num_res_blocks,
             attention_resolutions=tuple(self.attention_resolutions),
-            num_groups=self.num_groups,
+            middle_attention=self.middle_attention,
+            norm=LayerNorm if self.norm == "layer" else group_norm,
             dropout=self.dropout,
             remat=self.remat,
             dtype=self.dtype,
