@@ -231,3 +231,21 @@ def test_memory_does_not_grow_with_the_image(monkeypatch):
     lowest_maps = [4 * 8 * (size // 4) ** 2 for size in (1024, 2048)]
     assert large - small <= 8 * (lowest_maps[1] - lowest_maps[0])
     assert large < 0.2 * memory(whole, 2048)
+
+
+def test_a_larger_image_needs_no_more_memory_where_norms_are_of_each_position(monkeypatch):
+    monkeypatch.setattr(tiled_decoding, "TILE_MAP", 2**18)
+    module = tokenizer((1, 1, 1), norm="layer", middle_attention=False)
+    variables = jax.eval_shape(lambda: random_variables(module))
+
+    def memory(size):
+        codes = jax.ShapeDtypeStruct((1, size // 4, size // 4), jnp.int32)
+        return working_memory(
+            lambda variables, codes: tiled_decoding.decode_codes(module, variables, codes),
+            variables,
+            codes,
+        )
+
+    # Up to 362x362 positions of 8 channels are decoded at once.
+    assert memory(720) < memory(360)
+    assert memory(1440) < 1.5 * memory(360)  # at once it would be 16 times

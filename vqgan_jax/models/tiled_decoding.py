@@ -39,13 +39,15 @@ TILE_MAP = 2**23
 def decode_codes(module: VQGAN, variables, codes: jax.Array) -> jax.Array:
     """Codes `(B, h, w)` -> images `(B, f h, f w, C)`, not clipped; large ones in tiles.
 
-    As `VQGAN.decode`, which it calls where no map of the decoder is above `LARGEST_MAP`.
+    As `VQGAN.decode`, which it calls where no map of the decoder is above `LARGEST_MAP`; or above
+    four tiles, where norms are those of each position alone and a tile costs only its margins.
     """
     height, width = codes.shape[1:3]
     levels = range(len(module.channel_multipliers))
-    if max(_map_values(module, level, height, width) for level in levels) <= LARGEST_MAP:
+    largest = LARGEST_MAP if module.norm == "group" else 4 * TILE_MAP
+    if max(_map_values(module, level, height, width) for level in levels) <= largest:
         return module.apply(variables, codes, method="decode")
-    return decode_in_tiles(module, variables, codes)
+    return decode_in_tiles(module, variables, codes, TILE_MAP, largest)
 
 
 def decode_in_tiles(
