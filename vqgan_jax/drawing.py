@@ -11,7 +11,7 @@ from PIL import Image
 
 from vqgan_jax.conditions.files import in_turn, read_known_part
 from vqgan_jax.data.errors import DataError
-from vqgan_jax.training.images import prepare_images
+from vqgan_jax.data.images import prepare_images
 from vqgan_jax.training.progress import format_duration
 
 FRAMES, REPORT_SECONDS = 40, 10.0

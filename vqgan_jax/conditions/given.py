@@ -11,7 +11,7 @@ from vqgan_jax.conditions.coordinates import coordinate_tokens
 from vqgan_jax.conditions.kinds import layout_encoding
 from vqgan_jax.conditions.layouts import Layout
 from vqgan_jax.conditions.skeletons import draw_people
-from vqgan_jax.training.images import prepare_images
+from vqgan_jax.data.images import prepare_images
 
 Condition = int | str | Sequence | np.ndarray | Layout | Mapping[str, Any] | None
 

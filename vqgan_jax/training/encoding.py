@@ -11,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vqgan_jax.data.code_manifest import ConditionInfo
 from vqgan_jax.data.condition_sources import ConditionSource, Layouts
 from vqgan_jax.data.errors import DataError
+from vqgan_jax.data.images import prepare_images
 from vqgan_jax.inference import Tokenizer
 from vqgan_jax.training.compilation import compile_options
-from vqgan_jax.training.images import prepare_images
 
 
 def encode_raw(tokenizer: Tokenizer, variables, raw: jax.Array) -> jax.Array:
