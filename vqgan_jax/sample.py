@@ -177,8 +177,9 @@ def stored_samples(path: pathlib.Path) -> int:
 def draw_missing(drawing, output, num_samples, batch_size, animate) -> None:
     """Draws the batches of which a PNG is missing, those of this process.
 
-    Batches are always the same ones: a sample that is drawn again has the same neighbours, and so
-    the same rounding. They are of one size, and as few places as can be are left over in the last.
+    For one `num_samples` batches are always the same ones: a sample that is drawn again has the
+    same neighbours, and so the same rounding. They are of one size, and few places are left over in
+    the last.
     """
     devices = jax.local_device_count()
     count = math.ceil(num_samples / (batch_size * devices))
