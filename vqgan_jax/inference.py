@@ -11,7 +11,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vqgan_jax.configuration import downsampling_factor
+from vqgan_jax.data.images import prepare_images
 from vqgan_jax.models.tiled_decoding import decode_codes
+from vqgan_jax.models.tiled_encoding import encode_images
 from vqgan_jax.training.checkpoints import (
     CheckpointError,
     condition_folder,
@@ -64,7 +66,8 @@ class Tokenizer:
     def encode(self, images) -> jax.Array:
         """Images `(B, H, W, C)` in [-1, 1] -> codes `(B, H/f, W/f)` int32.
 
-        Label-map tokenizers take one-hot maps.
+        Label-map tokenizers take one-hot maps. Large images are encoded in tiles, with the same
+        result up to rounding: more time, less memory.
 
         Raises:
             ValueError: the factor does not divide height and width, channels are wrong, or images
@@ -88,6 +91,18 @@ class Tokenizer:
                 "crop or resize them."
             )
         return self._encode(self.variables, images)
+
+    def encode_raw(self, raw) -> jax.Array:
+        """Images as they are on disk, uint8 or label maps, -> codes `(B, H/f, W/f)` int32.
+
+        As `encode` of what `data.images.prepare_images` makes of them, with less memory.
+        """
+        return self._encode(self.variables, jnp.asarray(raw))
+
+    def codes_of(self, variables, raw: jax.Array) -> jax.Array:
+        """What `encode_raw` compiles, for programs that it is a part of."""
+        prepare = functools.partial(prepare_images, self.config)
+        return encode_images(self.module, variables, raw, prepare)
 
     def decode(self, codes) -> jax.Array:
         """Codes `(B, h, w)` -> images `(B, f h, f w, C)` in [-1, 1]; logits for label maps.
@@ -140,8 +155,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _encode(self):
-        encode = functools.partial(self.module.apply, method="encode")
-        return jax.jit(encode, compiler_options=compile_options())
+        return jax.jit(self.codes_of, compiler_options=compile_options())
 
     @functools.cached_property
     def _decode(self):

@@ -69,7 +69,10 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images `(B, H, W, C)` -> `(B, H/f, W/f, latent_channels)`, f = 2^(levels - 1)."""
+    """Images `(B, H, W, C)` -> `(B, H/f, W/f, latent_channels)`, f = 2^(levels - 1).
+
+    `down_0` is the highest resolution.
+    """
 
     resolution: int
     channels: int
@@ -83,12 +86,11 @@ class Encoder(nn.Module):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, images, train: bool = False):
-        x = Conv(self.channels, dtype=self.dtype, name="conv_in")(images)
+    def setup(self):
         lowest = len(self.channel_multipliers) - 1
-        for i, multiplier in enumerate(self.channel_multipliers):
-            x = Level(
+        self.conv_in = Conv(self.channels, dtype=self.dtype)
+        self.down = [
+            Level(
                 features=self.channels * multiplier,
                 num_blocks=self.num_res_blocks,
                 attention=self.resolution >> i in self.attention_resolutions,
@@ -97,11 +99,22 @@ class Encoder(nn.Module):
                 dropout=self.dropout,
                 remat=self.remat,
                 dtype=self.dtype,
-                name=f"down_{i}",
-            )(x, train)
-        x = Middle(self.middle_attention, self.norm, self.dropout, self.dtype, name="mid")(x, train)
-        x = nn.swish(self.norm(dtype=self.dtype, name="norm_out")(x))
-        return Conv(self.latent_channels, dtype=self.dtype, name="conv_out")(x)
+            )
+            for i, multiplier in enumerate(self.channel_multipliers)
+        ]
+        self.mid = Middle(self.middle_attention, self.norm, self.dropout, self.dtype)
+        self.norm_out = self.norm(dtype=self.dtype)
+        self.conv_out = Conv(self.latent_channels, dtype=self.dtype)
+
+    def tail(self, x, train: bool = False):
+        """What stands behind the levels: the middle and the projection to the latents."""
+        return self.conv_out(nn.swish(self.norm_out(self.mid(x, train))))
+
+    def __call__(self, images, train: bool = False):
+        x = self.conv_in(images)
+        for level in self.down:
+            x = level(x, train)
+        return self.tail(x, train)
 
 
 class Decoder(nn.Module):

@@ -18,41 +18,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqgan_jax.models.cpu import group_mean
-from vqgan_jax.models.layers import (
-    AttentionBlock,
-    GroupNorm,
-    ResidualBlock,
-    Upsample,
-    at_least_float32,
-)
-from vqgan_jax.models.operations import sum_positions
+from vqgan_jax.models.layers import AttentionBlock, ResidualBlock, Upsample
+from vqgan_jax.models.tiles import Axis, core, limits, run_in_tiles, window
 from vqgan_jax.models.vqgan import VQGAN
-
-# In values (positions times channels). With 128 channels at full resolution, images of up to
-# 1024x1024 are decoded at once; in float32 such a map takes 512 MiB, and a decoder holds a few.
-LARGEST_MAP = 2**27
-# 256x256 positions of 128 channels: enough to keep an accelerator busy, and little margin.
-TILE_MAP = 2**23
 
 
 def decode_codes(module: VQGAN, variables, codes: jax.Array) -> jax.Array:
     """Codes `(B, h, w)` -> images `(B, f h, f w, C)`, not clipped; large ones in tiles.
 
-    As `VQGAN.decode`, which it calls where no map of the decoder is above `LARGEST_MAP`; or above
-    four tiles, where norms are those of each position alone and a tile costs only its margins.
+    As `VQGAN.decode`, which it calls where no map of the decoder is above `tiles.limits`.
     """
     height, width = codes.shape[1:3]
     levels = range(len(module.channel_multipliers))
-    largest = LARGEST_MAP if module.norm == "group" else 4 * TILE_MAP
+    tile, largest = limits(module.norm)
     if max(_map_values(module, level, height, width) for level in levels) <= largest:
         return module.apply(variables, codes, method="decode")
-    return decode_in_tiles(module, variables, codes, TILE_MAP, largest)
+    return decode_in_tiles(module, variables, codes, tile, largest)
 
 
-def decode_in_tiles(
-    module: VQGAN, variables, codes: jax.Array, tile: int = TILE_MAP, keep: int = LARGEST_MAP
-) -> jax.Array:
+def decode_in_tiles(module: VQGAN, variables, codes: jax.Array, tile: int, keep: int) -> jax.Array:
     """Codes `(B, h, w)` -> images `(B, f h, f w, C)`, not clipped, one after another in tiles.
 
     To be called under `jax.jit`. Equal to `VQGAN.decode` up to the rounding of sums, whatever
@@ -79,8 +63,8 @@ def decode_in_tiles(
         x = module.apply(variables, own, first, method=_run_whole)
         for stage in stages[:-1]:
             output = new_map(1, stage.target, _width(module, stage.target), module.dtype)
-            x = _run_in_tiles(module, variables, stage, tile, x, output, 0)
-        return _run_in_tiles(module, variables, stages[-1], tile, x, images, i)
+            x = _run_stage(module, variables, stage, tile, x, output, 0)
+        return _run_stage(module, variables, stages[-1], tile, x, images, i)
 
     images = new_map(batch, 0, module.out_channels, jnp.promote_types(module.dtype, jnp.float32))
     return jax.lax.fori_loop(0, batch, decode_image, images)
@@ -135,6 +119,21 @@ class Stage:
         return found
 
 
+def _run_stage(module, variables, stage, tile, x, output, i):
+    """Writes what a stage makes of the whole map `x` into `output[i]`."""
+    side = min(
+        math.isqrt(tile // max(_width(module, level), _width(module, level + 1)))
+        << (level - stage.target)
+        for level in (stage.target, *stage.levels)
+    )
+    rows, columns = (Axis.divide(size, side, stage.margins()) for size in output.shape[1:3])
+
+    def run(place, norms):
+        return module.apply(variables, x, stage, place, norms, method=_run_tile)
+
+    return run_in_tiles(run, rows, columns, stage.num_norms, stage.target, output, i)
+
+
 def plan(
     module: VQGAN, height: int, width: int, tile: int, keep: int
 ) -> tuple[int, tuple[Stage, ...]]:
@@ -174,131 +173,6 @@ def _map_values(module: VQGAN, level: int, height: int, width: int) -> int:
     return positions * max(_width(module, level), _width(module, level + 1))
 
 
-# ---- Tiles.
-
-
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """The tiles along height or width: cores of one size, each in a window with its margins.
-
-    At the border of the map a window is shifted inwards, so that zero padding is where it is for
-    the whole map. The last core is shifted likewise, and shares positions with the one before.
-    """
-
-    size: int  # positions of the target's map
-    core: int
-    target: int
-    margins: dict[int, int]
-
-    @classmethod
-    def divide(cls, size: int, most: int, stage: Stage) -> "Axis":
-        """Cores of at most `most` positions, as equal as may be, whole in the source's map."""
-        step = 1 << (stage.source - stage.target)
-        count = math.ceil(size / max(step, most // step * step))
-        core = math.ceil(size / count / step) * step
-        return cls(size, core, stage.target, stage.margins())
-
-    @property
-    def count(self) -> int:
-        """Of tiles."""
-        return math.ceil(self.size / self.core)
-
-    def core_start(self, index):
-        """Where a core begins in the target's map."""
-        return jnp.minimum(index * self.core, self.size - self.core)
-
-    def extent(self, level: int) -> int:
-        """Positions of a window at a level."""
-        shift = level - self.target
-        return min(self.size >> shift, (self.core >> shift) + 2 * self.margins[level])
-
-    def start(self, level: int, index):
-        """Where a window begins in a level's map."""
-        shift = level - self.target
-        wanted = (self.core_start(index) >> shift) - self.margins[level]
-        return jnp.clip(wanted, 0, (self.size >> shift) - self.extent(level))
-
-    def own(self, level: int, index):
-        """Which positions of a window belong to the core and to none before it: bool."""
-        place = self.start(level, index) + jnp.arange(self.extent(level))
-        core = self.core >> (level - self.target)
-        return (place >= index * core) & (place < (index + 1) * core)
-
-
-class Norms:
-    """An interceptor of `GroupNorm`: the first few get the whole map's statistics.
-
-    Of the one after them the moments of the tile are taken; what follows it has no meaning.
-    """
-
-    def __init__(self, known):
-        """`known` holds mean and variance `(1, C)` of the norms in the order of execution."""
-        self.known = list(known)
-        self.weights = None  # (1, h, w, 1): 1 where a position counts
-        self.moments = None  # count, mean and variance, once they are found
-
-    def __call__(self, call, args, kwargs, context):
-        """As `flax.linen.intercept_methods` wants it."""
-        norm = context.module
-        if not isinstance(norm, GroupNorm) or context.method_name != "__call__":
-            return call(*args, **kwargs)
-        x = at_least_float32(args[0])
-        if self.known:
-            mean, variance = self.known.pop(0)
-            scale, bias = (norm.get_variable("params", name) for name in ("scale", "bias"))
-            factor = scale * jax.lax.rsqrt(variance + norm.epsilon)
-            x = x * factor[:, None, None] + (bias - mean * factor)[:, None, None]
-        elif self.moments is None:
-            self.moments = _moments(x, self.weights, norm.num_groups)
-        return x.astype(norm.dtype)
-
-
-def _moments(x, weights, num_groups):
-    """Number of positions, mean and variance of each channel's group `(1, C)`."""
-    weights = weights.astype(x.dtype)
-    count = weights.sum()
-    mean = group_mean(sum_positions(x * weights) / count, num_groups)
-    squares = jnp.square(x - mean[:, None, None]) * weights
-    return count, mean, group_mean(sum_positions(squares) / count, num_groups)
-
-
-def _joined(count, mean, variance):
-    """Mean and variance of all from those of parts `(T,)`, `(T, 1, C)`: within plus between.
-
-    "Updating formulae and a pairwise algorithm for computing sample variances" (Chan et al. 1979).
-    """
-    share = (count / count.sum())[:, None, None]
-    total = (share * mean).sum(axis=0)
-    return total, (share * (variance + jnp.square(mean - total))).sum(axis=0)
-
-
-def _run_in_tiles(module, variables, stage, tile, x, output, i):
-    """Writes what a stage makes of the whole map `x` into `output[i]`."""
-    side = min(
-        math.isqrt(tile // max(_width(module, level), _width(module, level + 1)))
-        << (level - stage.target)
-        for level in (stage.target, *stage.levels)
-    )
-    rows, columns = (Axis.divide(size, side, stage) for size in output.shape[1:3])
-
-    def run(index, known):
-        place = (rows, index // columns.count), (columns, index % columns.count)
-        return module.apply(variables, x, stage, place, known, method=_run_tile)
-
-    tiles = jnp.arange(rows.count * columns.count)
-    known = []
-    for _ in range(stage.num_norms):
-        moments = jax.lax.map(lambda index, known=tuple(known): run(index, known)[1], tiles)
-        known.append(_joined(*moments))
-
-    def write(index, output):
-        values, _ = run(index, known)
-        corner = rows.core_start(index // columns.count), columns.core_start(index % columns.count)
-        return jax.lax.dynamic_update_slice(output, values, (i, *corner, 0))
-
-    return jax.lax.fori_loop(0, len(tiles), write, output)
-
-
 # ---- Parts of the decoder, as methods of the tokenizer.
 
 
@@ -314,35 +188,23 @@ def _run_whole(module, codes, first):
     return x
 
 
-def _run_tile(module, x, stage, place, known):
-    """The core of a tile of a stage's result; or the moments at the norm after the known ones."""
-    decoder, norms, at = module.decoder, Norms(known), stage.source
-
-    def cut(x, level, origin=(0, 0)):
-        """The window of `level` from a map that begins at `origin`."""
-        starts = [axis.start(level, index) for axis, index in place]
-        starts = [start - first for start, first in zip(starts, origin, strict=True)]
-        extents = [axis.extent(level) for axis, _ in place]
-        rows, columns = (axis.own(level, index) for axis, index in place)
-        norms.weights = (rows[:, None] & columns).astype(jnp.float32)[None, ..., None]
-        return jax.lax.dynamic_slice(x, (0, *starts, 0), (1, *extents, x.shape[-1]))
+def _run_tile(module, x, stage, place, norms):
+    """The core of a tile of a stage's result, from the whole map `x`."""
+    decoder, at = module.decoder, stage.source
 
     with nn.intercept_methods(norms):
-        x = cut(x, at)
+        norms.count(at, place)
+        x = window(x, at, place)
         for level in stage.levels:
             if level < at:
                 origin = [2 * axis.start(at, index) for axis, index in place]
-                x = cut(_double(decoder, at, x), level, origin)
+                x = window(_double(decoder, at, x), level, place, origin)
+                norms.count(level, place)
                 at = level
             x = _run_blocks(decoder, level, x)
-            if norms.moments is not None:
-                return None, norms.moments
         if stage.last:
             x = decoder.head(nn.swish(decoder.norm_out(x)))
-    starts = [axis.core_start(index) - axis.start(at, index) for axis, index in place]
-    cores = [axis.core for axis, _ in place]
-    values = jax.lax.dynamic_slice(x, (0, *starts, 0), (1, *cores, x.shape[-1]))
-    return values, norms.moments
+    return core(x, at, place)
 
 
 def _run_blocks(decoder, level, x):

@@ -11,15 +11,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vqgan_jax.data.code_manifest import ConditionInfo
 from vqgan_jax.data.condition_sources import ConditionSource, Layouts
 from vqgan_jax.data.errors import DataError
-from vqgan_jax.data.images import prepare_images
 from vqgan_jax.inference import Tokenizer
 from vqgan_jax.training.compilation import compile_options
 
 
 def encode_raw(tokenizer: Tokenizer, variables, raw: jax.Array) -> jax.Array:
     """Raw images or label maps `(B, ...)` -> codes `(B, h * w)` int32, in the order of rows."""
-    images = prepare_images(tokenizer.config, raw)
-    codes = tokenizer.module.apply(variables, images, method="encode")
+    codes = tokenizer.codes_of(variables, raw)
     return codes.reshape(len(codes), -1)
 
 
