@@ -70,12 +70,12 @@ def get_config(arg: str = ""):
     config.optimizer.weight_decay = 0.05
     config.optimizer.ema_decay = 0.99
 
-    config.training.batch_size = 16
-    config.training.num_steps = 600
-    config.training.evaluate_every = 150
-    config.training.checkpoint_every = 75
+    config.training.batch_size = 8
+    config.training.num_steps = 1000
+    config.training.evaluate_every = 250
+    config.training.checkpoint_every = 125
     config.training.log_every = 25
-    config.training.grid_images = 16
+    config.training.grid_images = 8
     config.sampling.top_p = 0.95
     config.sampling.guidance_scale = 1.5
     return config
