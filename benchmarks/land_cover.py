@@ -10,9 +10,9 @@ with the same share of classes whose pixels lie anywhere. Of the 17 classes, tho
 the same to the eye make one group in `agreement_of_groups`: forests, shrubs and savannas, grass and
 crops, water and wetland, snow, barren and urban.
 
-`gradient_at_borders` over `gradient_elsewhere` is about 1 where nothing shows that windows of
-`--window` pixels slid over the picture: the mean step between neighbouring pixels across lines that
-are a multiple of it apart, and across all others.
+`gradient_at_borders` and `gradient_elsewhere` are the mean steps between neighbouring pixels across
+the lines that are multiples of `--window` pixels, and across all others. They are alike where nothing
+shows that windows slid over the picture; compare with a photograph, since few lines vary by chance.
 """  # noqa: E501
 
 import argparse
@@ -21,10 +21,11 @@ import json
 import numpy as np
 from PIL import Image
 
-from vqgan_jax.data.earth import BANDS, LATITUDES, PIXELS_PER_DEGREE, load_rasters
+from vqgan_jax.data.earth import BANDS, CLASS_NAMES, LATITUDES, PIXELS_PER_DEGREE, load_rasters
+from vqgan_jax.data.earth_maps import cut
 from vqgan_jax.data.packages import default_data_dir
 
-NUM_CLASSES, SIDE = 17, 9
+NUM_CLASSES, SIDE = len(CLASS_NAMES), 9
 GROUPS = np.array([0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 0, 3, 5, 3, 4, 5])
 
 
@@ -67,13 +68,13 @@ class GaussianClassifier:
 def fit() -> GaussianClassifier:
     """On the photograph and the map of the training longitudes."""
     rasters = load_rasters(default_data_dir())
-    north, south = ((90 - latitude) * PIXELS_PER_DEGREE for latitude in LATITUDES)
+    north, south = LATITUDES
     points, labels = [], []
-    for band in BANDS["train"]:
-        west, east = ((180 + longitude) * PIXELS_PER_DEGREE for longitude in band)
-        part = slice(north, south), slice(west, east)
-        points.append(neighbourhoods(rasters["image"][part])[::3, ::3].reshape(-1, 6))
-        labels.append(rasters["segmentation"][part][::3, ::3].reshape(-1))
+    for west, east in BANDS["train"]:
+        size = ((north - south) * PIXELS_PER_DEGREE, (east - west) * PIXELS_PER_DEGREE)
+        part = cut(rasters, west, north, *size)
+        points.append(neighbourhoods(part["image"])[::3, ::3].reshape(-1, 6))
+        labels.append(part["segmentation"][::3, ::3].reshape(-1))
     return GaussianClassifier(np.concatenate(points), np.concatenate(labels))
 
 
@@ -105,10 +106,14 @@ def main() -> None:
     arguments = parser.parse_args()
     first, _, last = arguments.columns.partition(":")
     columns = slice(int(first or 0), int(last) if last else None)
-    classifier = fit()
-    land_cover = np.asarray(Image.open(arguments.map))[:, columns]
-    for path in arguments.pictures.split(","):
-        image = np.asarray(Image.open(path).convert("RGB"))[:, columns]
+    land_cover = np.asarray(Image.open(arguments.map))
+    pictures = {path: Image.open(path).convert("RGB") for path in arguments.pictures.split(",")}
+    for path, picture in pictures.items():
+        if picture.size != land_cover.shape[::-1]:
+            parser.error(f"{path} has not the size of the map {arguments.map}.")
+    classifier, land_cover = fit(), land_cover[:, columns]
+    for path, picture in pictures.items():
+        image = np.asarray(picture)[:, columns]
         read = classifier(neighbourhoods(image))
         share, chance = agreement(land_cover, read)
         of_groups, chance_of_groups = agreement(GROUPS[land_cover], GROUPS[read])

@@ -4,13 +4,16 @@
     python -m vqgan_jax.train --config=configs/earth_f8.py:segmentation --workdir=runs/earth_f8_segmentation
     python -m vqgan_jax.train --config=configs/earth_f8.py:relief --workdir=runs/earth_f8_relief
 
-Trained on crops of 64 pixels; being convolutional, they take images of any size. Of
+Trained on crops of 64 pixels. Norms are those of each position alone and there is no attention, so
+that away from borders a place has the same codes in a crop and in an image of any size: with group
+normalisation over the whole image, codes drawn window by window were decoded in wrong colours. Of
 `:segmentation`, the 17 classes of land cover, binary cross-entropy and no discriminator.
 
-The first command was run to its end: PSNR 26.3 dB, SSIM 0.60, LPIPS (AlexNet) 0.136, 57 % of the
-codes in use on 43 unseen tiles. Of `:segmentation` only 260 steps were tried, after which 5 % of
-the codes were in use and 30 % of the pixels right: it does not learn well yet. `:relief` was not
-tried.
+The first command took 31 minutes on two cores that had other work, and ended with PSNR 28.5 dB, SSIM
+0.67, LPIPS (AlexNet) 0.101 and 73 % of the codes in use on 43 unseen tiles. An unseen place of
+256x512 pixels has PSNR 27.2 dB as a whole, and 27.1 in tiles of 128, with 72 % of the codes alike.
+The second ended with 69 % of the pixels right, 95 % of the codes in use and some classes taken for
+others, such as cropland for savanna. `:relief` was not tried.
 """  # noqa: E501
 
 from vqgan_jax.configuration import parse_argument, tokenizer_config
@@ -30,7 +33,8 @@ def get_config(arg: str = ""):
     model.num_res_blocks = 1
     model.attention_resolutions = ()
     model.latent_channels = 128
-    model.num_groups = 4
+    model.middle_attention = False
+    model.norm = "layer"  # codes and colours at a place are the same in images of every size
     model.quantizer.kind = "ema"
     model.quantizer.codebook_size = 1024
     model.quantizer.code_dim = 32
@@ -43,7 +47,6 @@ def get_config(arg: str = ""):
     if argument.data == "segmentation":
         model.in_channels = model.out_channels = config.data.num_labels = 17
         model.quantizer.codebook_size = 256
-        model.quantizer.ema_decay = 0.8
         config.loss.l1 = config.loss.perceptual = 0.0
         config.loss.binary_cross_entropy = 17.0  # its mean is over the classes too
         config.discriminator.enabled = False
@@ -63,7 +66,12 @@ def get_config(arg: str = ""):
     config.optimizer.ema_decay = 0.99
 
     config.training.batch_size = 16
-    config.training.num_steps = 1600 if argument.data != "segmentation" else 600
+    config.training.num_steps = 1600
+    if (
+        argument.data == "segmentation"
+    ):  # more and smaller steps: four times as far in the same time
+        config.training.batch_size = 4
+        config.training.num_steps = 3000
     config.training.evaluate_every = 400
     config.training.checkpoint_every = 125
     config.training.log_every = 25

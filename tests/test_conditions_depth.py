@@ -17,12 +17,11 @@ from vqgan_jax.conditions.files import read_conditions
 from vqgan_jax.configuration import add_condition_image
 from vqgan_jax.data.codes import open_codes
 from vqgan_jax.data.errors import DataError
-from vqgan_jax.data.images import to_grey
+from vqgan_jax.data.images import prepare_images, to_grey
 from vqgan_jax.sample import sample
 from vqgan_jax.tokenize import tokenize
 from vqgan_jax.training.checkpoints import write_export
 from vqgan_jax.training.game import make_vqgan
-from vqgan_jax.training.images import prepare_images
 
 FACTOR = 8  # of the depth's tokenizer; that of the images is 4
 

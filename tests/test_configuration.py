@@ -18,8 +18,8 @@ from vqgan_jax.configuration import (
     tokenizer_config,
     validate,
 )
+from vqgan_jax.data.images import prepare_images
 from vqgan_jax.training.game import Game
-from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.learner import Learner
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"

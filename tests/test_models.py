@@ -162,6 +162,23 @@ def test_group_norm_keeps_its_statistics_in_float32():
     np.testing.assert_allclose(np.std(np.asarray(output, np.float32)), 1, atol=0.01)
 
 
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_only_with_norms_of_each_position_has_a_place_its_latents_in_every_image(norm):
+    config = tiny.config_of_tiny_model().model
+    config.norm, config.middle_attention, config.attention_resolutions = norm, False, ()
+    module, whole = make_vqgan(config), tiny.random_images(1, 64, 64, 3)
+    whole[:, :16] += 1.0  # which the part does not see
+    variables = jax.jit(module.init)(jax.random.key(0), whole)
+    encode = jax.jit(lambda images: module.apply(variables, images, method="latents"))
+    factor = 64 // encode(whole).shape[1]
+    margin, latents = 16 // factor, encode(whole)[0]
+    part = encode(whole[:, 16:, 16:])[0]
+    inside = part[margin:-margin, margin:-margin]
+    difference = np.abs(inside - latents[2 * margin : -margin, 2 * margin : -margin]).max()
+    assert inside.size > 0
+    assert difference < 1e-5 if norm == "layer" else difference > 1e-2
+
+
 def test_attention_is_that_of_numpy():
     x = tiny.random_images(2, 3, 4, 32)
     variables = AttentionBlock().init(jax.random.key(0), x)

@@ -7,45 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqgan_jax.configuration import tokenizer_config
-from vqgan_jax.models import layers, tiled_decoding
+from tests.tiny_tokenizers import published, random_variables, tokenizer, working_memory
+from vqgan_jax.models import layers, tiled_decoding, tiles
 from vqgan_jax.models.layers import AttentionBlock
 from vqgan_jax.models.tiled_decoding import Stage, decode_in_tiles, plan
-from vqgan_jax.training.game import make_vqgan
 
 # ---- Equality.
-
-
-def tokenizer(multipliers, attention=(), **changes):
-    """A tiny tokenizer; `attention` holds levels, 0 being the highest resolution."""
-    config = tokenizer_config().model
-    config.dtype = "float32"
-    config.resolution = 64
-    config.channels = 8
-    config.latent_channels = 8
-    config.num_res_blocks = 0
-    config.channel_multipliers = multipliers
-    config.attention_resolutions = tuple(64 >> level for level in attention)
-    config.quantizer.codebook_size = 16
-    config.quantizer.code_dim = 8
-    config.num_groups = 4
-    config.update(changes)
-    return make_vqgan(config)
-
-
-def random_variables(module, seed=0):
-    """Everything random, norms too; kernels twice their usual size, so that far positions count."""
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
-    random = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name = path[-1].key
-        values = random.standard_normal(leaf.shape).astype(np.float32)
-        if name == "kernel":
-            return values * 2.0 / np.sqrt(np.prod(leaf.shape[:-1]))
-        return 1.0 + 0.5 * values if name == "scale" else values
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def random_codes(*shape):
@@ -76,6 +43,15 @@ def test_images_are_those_of_the_decoder(case):
     module = tokenizer(multipliers, attention)
     variables, codes = random_variables(module), random_codes(*shape)
     whole, in_tiles = decode_both_ways(module, variables, codes, tile, keep)
+    assert np.abs(whole - in_tiles).max() <= 1e-5 * np.abs(whole).max()
+
+
+def test_norms_of_each_position_alone_need_no_pass_of_their_own():
+    module = tokenizer((1, 1, 2), norm="layer", middle_attention=False, num_res_blocks=1)
+    variables, codes = random_variables(module), random_codes(2, 21, 17)
+    _, stages = plan(module.decoder, 21, 17, 2**11, 0)
+    assert [stage.num_norms for stage in stages] == [0]
+    whole, in_tiles = decode_both_ways(module, variables, codes, 2**11, 0)
     assert np.abs(whole - in_tiles).max() <= 1e-5 * np.abs(whole).max()
 
 
@@ -130,17 +106,9 @@ def test_mean_far_from_zero_does_not_harm_the_variance():
 # ---- Which way is taken.
 
 
-def published(multipliers=(1, 1, 2, 2, 4), attention=(16,)):
-    config = tokenizer_config().model
-    config.channel_multipliers, config.attention_resolutions = multipliers, attention
-    return make_vqgan(config)
-
-
 def test_plan_of_the_published_models():
     def planned(module, size):
-        first, stages = plan(
-            module.decoder, size, size, tiled_decoding.TILE_MAP, tiled_decoding.LARGEST_MAP
-        )
+        first, stages = plan(module.decoder, size, size, *tiles.limits(module.decoder.norm))
         return first, [(stage.source, stage.levels) for stage in stages]
 
     f16, f8 = published(), published((1, 1, 2, 4), (32,))
@@ -152,7 +120,7 @@ def test_plan_of_the_published_models():
 def test_large_grids_go_in_tiles_by_themselves(monkeypatch):
     module = tokenizer((1, 1))
     variables = random_variables(module)
-    monkeypatch.setattr(tiled_decoding, "LARGEST_MAP", 40 * 40 * 8)
+    monkeypatch.setattr(tiles, "LARGEST_MAP", 40 * 40 * 8)
     for size, is_tiled in ((20, False), (21, True)):
         decode = jax.jit(functools.partial(tiled_decoding.decode_codes, module))
         codes = jax.ShapeDtypeStruct((1, size, size), jnp.int32)
@@ -164,7 +132,7 @@ def test_large_grids_go_in_tiles_by_themselves(monkeypatch):
 
 def test_attention_in_blocks_is_attention(monkeypatch, float64):
     x = np.random.default_rng(0).standard_normal((2, 9, 11, 8))
-    block = AttentionBlock(4, jnp.float64)
+    block = AttentionBlock(functools.partial(layers.GroupNorm, 4), jnp.float64)
     variables = jax.tree.map(lambda leaf: 3.0 * leaf, block.init(jax.random.key(0), x))
 
     def output_and_gradient():
@@ -179,11 +147,6 @@ def test_attention_in_blocks_is_attention(monkeypatch, float64):
     monkeypatch.setattr(layers, "BLOCK_LOGITS", 2 * 99 * 10)
     in_blocks = output_and_gradient()
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-12), plain, in_blocks)
-
-
-def working_memory(function, *arguments):
-    """Bytes that the compiled function needs besides arguments and results."""
-    return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_memory_of_attention_grows_with_the_grid_and_not_its_square():
@@ -220,3 +183,21 @@ def test_memory_does_not_grow_with_the_image(monkeypatch):
     lowest_maps = [4 * 8 * (size // 4) ** 2 for size in (1024, 2048)]
     assert large - small <= 8 * (lowest_maps[1] - lowest_maps[0])
     assert large < 0.2 * memory(whole, 2048)
+
+
+def test_a_larger_image_needs_no_more_memory_where_norms_are_of_each_position(monkeypatch):
+    monkeypatch.setattr(tiles, "TILE_MAP", 2**18)
+    module = tokenizer((1, 1, 1), norm="layer", middle_attention=False)
+    variables = jax.eval_shape(lambda: random_variables(module))
+
+    def memory(size):
+        codes = jax.ShapeDtypeStruct((1, size // 4, size // 4), jnp.int32)
+        return working_memory(
+            lambda variables, codes: tiled_decoding.decode_codes(module, variables, codes),
+            variables,
+            codes,
+        )
+
+    # Up to 362x362 positions of 8 channels are decoded at once.
+    assert memory(720) < memory(360)
+    assert memory(1440) < 1.5 * memory(360)  # at once it would be 16 times

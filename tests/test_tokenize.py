@@ -556,6 +556,7 @@ def test_fingerprint_is_of_what_determines_codes():
         ("dropout", 0.1, True),
         ("attention_resolutions", (16,), False),
         ("num_groups", 16, False),
+        ("norm", "layer", False),
     ):
         other = tiny.config_of_tiny_model(kind="ema")
         other.model[key] = value

@@ -11,7 +11,6 @@ from PIL import Image
 
 from vqgan_jax.conditions.files import in_turn, read_known_part
 from vqgan_jax.data.errors import DataError
-from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.progress import format_duration
 
 FRAMES, REPORT_SECONDS = 40, 10.0
@@ -50,7 +49,7 @@ class Drawing:
         if tokenizer.config.data.num_labels:
             raise DataError("--complete takes a picture, and this model draws label maps.")
         pixels, known = read_known_part(path, keep, self.size, tokenizer.factor)
-        codes = tokenizer.encode(prepare_images(tokenizer.config, pixels[None]))
+        codes = tokenizer.encode_raw(pixels[None])
         self._known, self._known_mask = np.asarray(codes).reshape(-1), known.reshape(-1)
 
     def settings(self) -> dict:

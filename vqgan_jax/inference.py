@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 
 from vqgan_jax.configuration import downsampling_factor
 from vqgan_jax.configuration.common import value_at
+from vqgan_jax.data.images import prepare_images
 from vqgan_jax.models.tiled_decoding import decode_codes
+from vqgan_jax.models.tiled_encoding import encode_images
 from vqgan_jax.training.checkpoints import (
     CheckpointError,
     condition_folder,
@@ -84,6 +86,8 @@ class Tokenizer:
         """Images `(B, H, W, C)` in [-1, 1] -> codes `(B, H/f, W/f)` int32.
 
         `(B, H/f, W/f, depth)` where a position has several. Label-map tokenizers take one-hot maps.
+        Large images are encoded in tiles, with the same result up to rounding: more time, less
+        memory.
 
         Raises:
             ValueError: the factor does not divide height and width, channels are wrong, or images
@@ -107,6 +111,18 @@ class Tokenizer:
                 "crop or resize them."
             )
         return self._encode(self.variables, images)
+
+    def encode_raw(self, raw) -> jax.Array:
+        """Images as they are on disk, uint8 or label maps, -> codes `(B, H/f, W/f)` int32.
+
+        As `encode` of what `data.images.prepare_images` makes of them, with less memory.
+        """
+        return self._encode(self.variables, jnp.asarray(raw))
+
+    def codes_of(self, variables, raw: jax.Array) -> jax.Array:
+        """What `encode_raw` compiles, for programs that it is a part of."""
+        prepare = functools.partial(prepare_images, self.config)
+        return encode_images(self.module, variables, raw, prepare)
 
     def decode(self, codes) -> jax.Array:
         """Codes `(B, h, w)` -> images `(B, f h, f w, C)` in [-1, 1]; logits for label maps.
@@ -152,6 +168,8 @@ class Tokenizer:
         own = _OWN_QUANTIZER_CONFIG.get(model.quantizer.kind, ())
         config["quantizer"] = {name: model.quantizer[name] for name in _QUANTIZER_CONFIG + own}
         config["num_labels"] = self.config.data.num_labels
+        if model.norm != "group":  # as tokenizers of older versions have it
+            config["norm"] = model.norm
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         flat, _ = jax.tree_util.tree_flatten_with_path(self.variables)
         for name, leaf in sorted((path_name(path), leaf) for path, leaf in flat):
@@ -163,8 +181,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _encode(self):
-        encode = functools.partial(self.module.apply, method="encode")
-        return jax.jit(encode, compiler_options=compile_options())
+        return jax.jit(self.codes_of, compiler_options=compile_options())
 
     @functools.cached_property
     def _decode(self):

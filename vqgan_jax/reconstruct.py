@@ -33,7 +33,7 @@ from PIL import Image
 
 from vqgan_jax import commands
 from vqgan_jax.data.errors import DataError
-from vqgan_jax.data.images import to_uint8
+from vqgan_jax.data.images import prepare_images, to_uint8
 from vqgan_jax.data.inputs import Picture, list_pictures
 from vqgan_jax.inference import Tokenizer, load_tokenizer
 from vqgan_jax.interop.lpips import check_lpips, load_lpips
@@ -42,7 +42,6 @@ from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.training.compilation import compile_options
 from vqgan_jax.training.evaluation import reconstruction_figures
 from vqgan_jax.training.game import Game
-from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.pictures import label_colors
 from vqgan_jax.training.progress import format_duration
 

@@ -6,6 +6,9 @@ All are uint8 (H, W, 3), so that an image tokenizer encodes them as it encodes p
 import numpy as np
 from PIL import Image
 
+FROM_IMAGE = ("edges", "low_resolution")  # what is derived from the image itself
+DERIVED = (*FROM_IMAGE, "skeleton")  # the last from keypoints
+
 
 def canny_edges(image: np.ndarray, sigma: float = 2.0) -> np.ndarray:
     """Edges by the method of Canny (1986), white on black.

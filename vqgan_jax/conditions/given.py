@@ -11,7 +11,6 @@ from vqgan_jax.conditions.coordinates import coordinate_tokens
 from vqgan_jax.conditions.kinds import layout_encoding
 from vqgan_jax.conditions.layouts import Layout
 from vqgan_jax.conditions.skeletons import draw_people
-from vqgan_jax.training.images import prepare_images
 
 Condition = int | str | Sequence | np.ndarray | Layout | Mapping[str, Any] | None
 
@@ -160,9 +159,7 @@ class GivenConditions:
             len(images) in (1, num_samples),
             f"condition {kind} has {len(images)} images for {num_samples} samples.",
         )
-        codes = np.concatenate(
-            [tokenizer.encode(prepare_images(tokenizer.config, image[None])) for image in images]
-        )
+        codes = np.concatenate([tokenizer.encode_raw(image[None]) for image in images])
         return np.broadcast_to(codes, (num_samples, *codes.shape[1:]))
 
     def check_image(self, kind: str, images: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -30,7 +30,9 @@ def tokenizer_config() -> ConfigDict:
             num_res_blocks=2,  # a level of the encoder; the decoder has one more
             attention_resolutions=(16,),
             latent_channels=256,
-            num_groups=32,  # of GroupNorm; below 128 channels fewer keep colours better
+            middle_attention=True,  # at the lowest resolution, of all positions to all
+            norm="group",  # over the whole image, as in the paper; "layer" = at each position alone
+            num_groups=32,  # of "group"; below 128 channels fewer keep colours better
         )
     )
     config.model.vit = ConfigDict(  # of "vit" alone; as it stands, ViT-VQGAN Base
@@ -112,6 +114,7 @@ def validate_tokenizer(config: ConfigDict) -> None:
     validate_base(config)
     validate_quantizer(config)
     one_of(config, "discriminator.kind", "patch", "stylegan")
+    one_of(config, "model.norm", "group", "layer")
     one_of(config, "discriminator.norm", "batch", "act", "group")
     one_of(config, "discriminator.loss", "hinge", "vanilla", "non_saturating")
     one_of(config, "loss.perceptual_network.backbone", "vgg16", "alexnet")
@@ -179,7 +182,7 @@ def _validate_convolutional(config: ConfigDict) -> None:
     model = config.model
     for multiplier in model.channel_multipliers:
         require(
-            model.channels * multiplier % model.num_groups == 0,
+            model.norm == "layer" or model.channels * multiplier % model.num_groups == 0,
             f"config.model.channels x channel_multipliers gives {model.channels * multiplier} "
             f"channels, which config.model.num_groups {model.num_groups} does not divide.",
         )

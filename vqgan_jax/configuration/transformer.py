@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from vqgan_jax.conditions.derived import DERIVED
 from vqgan_jax.configuration.common import base_config, one_of, positive, require, validate_base
 from vqgan_jax.models.orders import ORDERS, ROW_MAJOR
 
@@ -150,9 +151,9 @@ def validate_transformer(config: ConfigDict) -> None:
     )
     for name, image in condition.images.items():
         require(
-            image.derive in ("", "edges", "low_resolution", "skeleton"),
-            f"config.condition.images.{name}.derive is {image.derive!r}; it must be empty, edges, "
-            "low_resolution or skeleton.",
+            image.derive in ("", *DERIVED),
+            f"config.condition.images.{name}.derive is {image.derive!r}; it must be empty or one "
+            f"of {', '.join(DERIVED)}.",
         )
         require(
             bool(image.tokenizer) and image.scale >= 1,

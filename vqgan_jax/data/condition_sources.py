@@ -12,15 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vqgan_jax.conditions.derived import canny_edges, low_resolution
+from vqgan_jax.conditions.derived import DERIVED, FROM_IMAGE, canny_edges, low_resolution
 from vqgan_jax.conditions.layouts import Layout, LayoutEncoding, SceneObject, overlap
 from vqgan_jax.conditions.skeletons import draw_people, mirror_people
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.sources import Feature
 from vqgan_jax.data.transforms import Crop
 
-FROM_IMAGE = ("edges", "low_resolution")  # what is derived from the image itself
-DERIVED = (*FROM_IMAGE, "skeleton")
 _TAKEN = ("image", "label", "codes", "labels", "mask", "index", "skipped")  # keys of batches
 
 

@@ -1,8 +1,9 @@
-"""Between uint8 on disk and float in [-1, 1] in the models."""
+"""Between what is on disk, uint8 and label maps, and float arrays in the models."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 
 def to_float(images: jax.Array | np.ndarray) -> jax.Array:
@@ -23,3 +24,18 @@ def to_uint8(images: jax.Array | np.ndarray) -> np.ndarray:
     """Float (..., C) in [-1, 1] to uint8, rounded; values outside the range are clipped."""
     scaled = (np.asarray(images, np.float32) + 1) * 127.5
     return np.clip(np.round(scaled), 0, 255).astype(np.uint8)
+
+
+def prepare_images(config: ConfigDict, images: jax.Array) -> jax.Array:
+    """Raw images or label maps -> float `(B, H, W, C)` for a tokenizer, whose config it is.
+
+    uint8 images go to [-1, 1], in grey where the tokenizer has one channel; integer label maps
+    `(B, H, W)` become one-hot; float arrays are taken as they are.
+    """
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images
+    if config.data.num_labels > 0:
+        return jax.nn.one_hot(images, config.data.num_labels)
+    if config.model.in_channels == 1 and images.shape[-1] == 3:
+        images = to_grey(images)
+    return to_float(images)

@@ -206,6 +206,11 @@ def yaml_from_config(config: ConfigDict) -> dict:
             "The reference's decoder gives images, and that of config.model.logit_laplace a "
             "distribution."
         )
+    if config.model.norm != "group" or not config.model.middle_attention:
+        raise ConversionError(
+            "The reference has group normalisation and attention in the middle (config.model.norm, "
+            "config.model.middle_attention)."
+        )
     if config.model.num_groups != 32:
         raise ConversionError(
             f"The reference's norms have 32 groups; config.model.num_groups is "

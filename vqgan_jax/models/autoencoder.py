@@ -4,6 +4,7 @@ Both are fully convolutional: `resolution` is only the nominal size that `attent
 refer to, as in the reference.
 """
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from vqgan_jax.models.layers import (
     ResidualBlock,
     Upsample,
     at_least_float32,
+    make_norm,
 )
 
 
@@ -30,7 +32,7 @@ class Level(nn.Module):
     num_blocks: int
     attention: bool
     resample: str = ""
-    num_groups: int = 32
+    norm: Callable[..., nn.Module] = GroupNorm
     dropout: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -39,11 +41,11 @@ class Level(nn.Module):
     def __call__(self, x, train: bool = False):
         block = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
         for i in range(self.num_blocks):
-            x = block(self.features, self.num_groups, self.dropout, self.dtype, name=f"block_{i}")(
+            x = block(self.features, self.norm, self.dropout, self.dtype, name=f"block_{i}")(
                 x, train
             )
             if self.attention:
-                x = AttentionBlock(self.num_groups, self.dtype, name=f"attention_{i}")(x)
+                x = AttentionBlock(self.norm, self.dtype, name=f"attention_{i}")(x)
         if self.resample == "downsample":
             x = Downsample(self.dtype, name="downsample")(x)
         elif self.resample == "upsample":
@@ -54,20 +56,25 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    num_groups: int = 32
+    attention: bool = True
+    norm: Callable[..., nn.Module] = GroupNorm
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        block = (x.shape[-1], self.num_groups, self.dropout, self.dtype)
+        block = (x.shape[-1], self.norm, self.dropout, self.dtype)
         x = ResidualBlock(*block, name="block_1")(x, train)
-        x = AttentionBlock(self.num_groups, self.dtype, name="attention_1")(x)
+        if self.attention:
+            x = AttentionBlock(self.norm, self.dtype, name="attention_1")(x)
         return ResidualBlock(*block, name="block_2")(x, train)
 
 
 class Encoder(nn.Module):
-    """Images `(B, H, W, C)` -> `(B, H/f, W/f, latent_channels)`, f = 2^(levels - 1)."""
+    """Images `(B, H, W, C)` -> `(B, H/f, W/f, latent_channels)`, f = 2^(levels - 1).
+
+    `down_0` is the highest resolution.
+    """
 
     resolution: int
     channels: int
@@ -75,30 +82,43 @@ class Encoder(nn.Module):
     num_res_blocks: int
     attention_resolutions: tuple[int, ...]
     latent_channels: int
+    middle_attention: bool = True
+    norm: str = "group"  # or "layer"; see `make_norm`
     num_groups: int = 32
     dropout: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, images, train: bool = False):
-        x = Conv(self.channels, dtype=self.dtype, name="conv_in")(images)
+    def setup(self):
+        norm = make_norm(self.norm, self.num_groups)
         lowest = len(self.channel_multipliers) - 1
-        for i, multiplier in enumerate(self.channel_multipliers):
-            x = Level(
+        self.conv_in = Conv(self.channels, dtype=self.dtype)
+        self.down = [
+            Level(
                 features=self.channels * multiplier,
                 num_blocks=self.num_res_blocks,
                 attention=self.resolution >> i in self.attention_resolutions,
                 resample="downsample" if i < lowest else "",
-                num_groups=self.num_groups,
+                norm=norm,
                 dropout=self.dropout,
                 remat=self.remat,
                 dtype=self.dtype,
-                name=f"down_{i}",
-            )(x, train)
-        x = Middle(self.num_groups, self.dropout, self.dtype, name="mid")(x, train)
-        x = nn.swish(GroupNorm(self.num_groups, dtype=self.dtype, name="norm_out")(x))
-        return Conv(self.latent_channels, dtype=self.dtype, name="conv_out")(x)
+            )
+            for i, multiplier in enumerate(self.channel_multipliers)
+        ]
+        self.mid = Middle(self.middle_attention, norm, self.dropout, self.dtype)
+        self.norm_out = norm(dtype=self.dtype)
+        self.conv_out = Conv(self.latent_channels, dtype=self.dtype)
+
+    def tail(self, x, train: bool = False):
+        """What stands behind the levels: the middle and the projection to the latents."""
+        return self.conv_out(nn.swish(self.norm_out(self.mid(x, train))))
+
+    def __call__(self, images, train: bool = False):
+        x = self.conv_in(images)
+        for level in self.down:
+            x = level(x, train)
+        return self.tail(x, train)
 
 
 class Decoder(nn.Module):
@@ -114,6 +134,8 @@ class Decoder(nn.Module):
     num_res_blocks: int
     attention_resolutions: tuple[int, ...]
     out_channels: int
+    middle_attention: bool = True
+    norm: str = "group"  # or "layer"; see `make_norm`
     num_groups: int = 32
     dropout: float = 0.0
     remat: bool = False
@@ -122,23 +144,24 @@ class Decoder(nn.Module):
     LAST_LAYER: ClassVar[str] = "conv_out"
 
     def setup(self):
+        norm = make_norm(self.norm, self.num_groups)
         width = self.channels * self.channel_multipliers[-1]
         self.conv_in = Conv(width, dtype=self.dtype)
-        self.mid = Middle(self.num_groups, self.dropout, self.dtype)
+        self.mid = Middle(self.middle_attention, norm, self.dropout, self.dtype)
         self.up = [
             Level(
                 features=self.channels * multiplier,
                 num_blocks=self.num_res_blocks + 1,
                 attention=self.resolution >> i in self.attention_resolutions,
                 resample="upsample" if i > 0 else "",
-                num_groups=self.num_groups,
+                norm=norm,
                 dropout=self.dropout,
                 remat=self.remat,
                 dtype=self.dtype,
             )
             for i, multiplier in enumerate(self.channel_multipliers)
         ]
-        self.norm_out = GroupNorm(self.num_groups, dtype=self.dtype)
+        self.norm_out = norm(dtype=self.dtype)
         self.conv_out = Conv(self.out_channels, dtype=self.dtype)
 
     def features(self, latents, train: bool = False):

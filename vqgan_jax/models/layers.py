@@ -1,9 +1,11 @@
-"""Layers shared by the networks: convolution, group normalisation, resampling, the two blocks.
+"""Layers shared by the networks: convolution, normalisation, resampling, the two blocks.
 
 Sources: "Taming Transformers" (Esser et al. 2021), whose autoencoder follows "Denoising Diffusion
-Probabilistic Models" (Ho et al. 2020); "Group Normalization" (Wu and He 2018).
+Probabilistic Models" (Ho et al. 2020); "Group Normalization" (Wu and He 2018); "Layer
+Normalization" (Ba et al. 2016).
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -12,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqgan_jax.models.operations import add_bias, convolve, normalize_groups
+from vqgan_jax.models.operations import add_bias, convolve, normalize_groups, normalize_tokens
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -88,19 +90,39 @@ class GroupNorm(nn.Module):
         return x.astype(self.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, statistics in float32 or wider, epsilon 1e-5."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return normalize_tokens(at_least_float32(x), scale, bias, 1e-5).astype(self.dtype)
+
+
+def make_norm(kind: str, num_groups: int) -> Callable[..., nn.Module]:
+    """What makes the norms of a network: "group", over the whole image, or "layer"."""
+    return LayerNorm if kind == "layer" else functools.partial(GroupNorm, num_groups)
+
+
 class ResidualBlock(nn.Module):
-    """Norm, swish, conv, norm, swish, dropout, conv; plus the input (1x1 conv to new channels)."""
+    """Norm, swish, conv, norm, swish, dropout, conv; plus the input (1x1 conv to new channels).
+
+    `norm` makes a norm, here and in the other modules; see `make_norm`.
+    """
 
     features: int
-    num_groups: int = 32
+    norm: Callable[..., nn.Module] = GroupNorm
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        h = nn.swish(GroupNorm(self.num_groups, dtype=self.dtype, name="norm1")(x))
+        h = nn.swish(self.norm(dtype=self.dtype, name="norm1")(x))
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
-        h = nn.swish(GroupNorm(self.num_groups, dtype=self.dtype, name="norm2")(h))
+        h = nn.swish(self.norm(dtype=self.dtype, name="norm2")(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
@@ -140,13 +162,13 @@ def attend_to_all(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Arr
 class AttentionBlock(nn.Module):
     """Self-attention with one head over all positions of `(B, h, w, C)`; plus the input."""
 
-    num_groups: int = 32
+    norm: Callable[..., nn.Module] = GroupNorm
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
         _, height, width, channels = x.shape
-        h = GroupNorm(self.num_groups, dtype=self.dtype, name="norm")(x)
+        h = self.norm(dtype=self.dtype, name="norm")(x)
 
         def project(name):
             y = Conv(channels, kernel_size=1, dtype=self.dtype, name=name)(h)

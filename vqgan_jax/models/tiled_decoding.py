@@ -4,7 +4,8 @@ Convolutions see a neighbourhood, so that a tile with enough of a margin gives t
 the whole map. Two things see everything. Attention runs on the whole map, and with it all levels
 of lower resolution. Group normalisation needs mean and variance of the whole map, which are found
 norm by norm: a pass over all tiles runs up to the norm in question, those in front of it known by
-then, and takes the moments of each tile; a last pass gives the values.
+then, and takes the moments of each tile; a last pass gives the values. Layer normalisation at each
+position alone needs none of this.
 
 Every pass begins again at the last map that was kept whole. A decoder of f16 in this way computes
 a 2048x2048 image some five times, and holds no map larger than those of a 1024x1024 image.
@@ -21,42 +22,28 @@ import jax
 import jax.numpy as jnp
 
 from vqgan_jax.models.autoencoder import Decoder
-from vqgan_jax.models.cpu import group_mean
-from vqgan_jax.models.layers import (
-    AttentionBlock,
-    GroupNorm,
-    ResidualBlock,
-    Upsample,
-    at_least_float32,
-)
-from vqgan_jax.models.operations import sum_positions
+from vqgan_jax.models.layers import AttentionBlock, ResidualBlock, Upsample
+from vqgan_jax.models.tiles import Axis, core, limits, run_in_tiles, window
 from vqgan_jax.models.vqgan import VQGAN
-
-# In values (positions times channels). With 128 channels at full resolution, images of up to
-# 1024x1024 are decoded at once; in float32 such a map takes 512 MiB, and a decoder holds a few.
-LARGEST_MAP = 2**27
-# 256x256 positions of 128 channels: enough to keep an accelerator busy, and little margin.
-TILE_MAP = 2**23
 
 
 def decode_codes(module: VQGAN, variables, codes: jax.Array) -> jax.Array:
     """Codes `(B, h, w)` -> images `(B, f h, f w, C)`, not clipped; large ones in tiles.
 
-    As `VQGAN.decode`, which it calls where no map of the decoder is above `LARGEST_MAP`, and where
+    As `VQGAN.decode`, which it calls where no map of the decoder is above `tiles.limits`, and where
     the decoder is a vision transformer.
     """
     decoder = module.decoder
     if isinstance(decoder, Decoder):
         height, width = codes.shape[1:3]
         levels = range(len(decoder.channel_multipliers))
-        if max(_map_values(decoder, level, height, width) for level in levels) > LARGEST_MAP:
-            return decode_in_tiles(module, variables, codes)
+        tile, largest = limits(decoder.norm)
+        if max(_map_values(decoder, level, height, width) for level in levels) > largest:
+            return decode_in_tiles(module, variables, codes, tile, largest)
     return module.apply(variables, codes, method="decode")
 
 
-def decode_in_tiles(
-    module: VQGAN, variables, codes: jax.Array, tile: int = TILE_MAP, keep: int = LARGEST_MAP
-) -> jax.Array:
+def decode_in_tiles(module: VQGAN, variables, codes: jax.Array, tile: int, keep: int) -> jax.Array:
     """Codes `(B, h, w)` -> images `(B, f h, f w, C)`, not clipped, one after another in tiles.
 
     To be called under `jax.jit`. Equal to `VQGAN.decode` up to the rounding of sums, whatever
@@ -84,8 +71,8 @@ def decode_in_tiles(
         x = module.apply(variables, own, first, method=_run_whole)
         for stage in stages[:-1]:
             output = new_map(1, stage.target, _width(decoder, stage.target), decoder.dtype)
-            x = _run_in_tiles(module, variables, stage, tile, x, output, 0)
-        return _run_in_tiles(module, variables, stages[-1], tile, x, images, i)
+            x = _run_stage(module, variables, stage, tile, x, output, 0)
+        return _run_stage(module, variables, stages[-1], tile, x, images, i)
 
     dtype = jnp.promote_types(decoder.dtype, jnp.float32)
     channels = decoder.out_channels // (2 if module.logit_laplace else 1)
@@ -105,12 +92,14 @@ class Stage:
         levels: those that the tiles go through, the lowest resolution first.
         last: whether it ends in images.
         blocks: residual blocks a level.
+        global_norms: whether norms see the whole map.
     """
 
     source: int
     levels: tuple[int, ...]
     last: bool
     blocks: int
+    global_norms: bool
 
     @property
     def target(self) -> int:
@@ -119,7 +108,9 @@ class Stage:
 
     @property
     def num_norms(self) -> int:
-        """A residual block has two, and one is in front of the last convolution."""
+        """Norms of the whole map: two a residual block, and one before the last convolution."""
+        if not self.global_norms:
+            return 0
         return 2 * self.blocks * len(self.levels) + self.last
 
     def margins(self) -> dict[int, int]:
@@ -136,6 +127,22 @@ class Stage:
                 needed = (needed + 1 + 1) // 2  # the convolution's, rounded up to whole positions
         found[self.source] = needed
         return found
+
+
+def _run_stage(module, variables, stage, tile, x, output, i):
+    """Writes what a stage makes of the whole map `x` into `output[i]`."""
+    decoder = module.decoder
+    side = min(
+        math.isqrt(tile // max(_width(decoder, level), _width(decoder, level + 1)))
+        << (level - stage.target)
+        for level in (stage.target, *stage.levels)
+    )
+    rows, columns = (Axis.divide(size, side, stage.margins()) for size in output.shape[1:3])
+
+    def run(place, norms):
+        return module.apply(variables, x, stage, place, norms, method=_run_tile)
+
+    return run_in_tiles(run, rows, columns, stage.num_norms, stage.target, output, i)
 
 
 def plan(
@@ -156,15 +163,15 @@ def plan(
     while first > 0 and _map_values(decoder, first - 1, height, width) <= tile:
         first -= 1
 
-    blocks = decoder.num_res_blocks + 1
+    fixed = decoder.num_res_blocks + 1, decoder.norm == "group"
     stages, source, pending = [], min(first, levels - 1), []
     for level in reversed(range(first)):
         pending.append(level)
         positions = height * width << 2 * (levels - 1 - level)
         if level > 0 and positions * _width(decoder, level) <= keep:
-            stages.append(Stage(source, tuple(pending), False, blocks))
+            stages.append(Stage(source, tuple(pending), False, *fixed))
             source, pending = level, []
-    return first, (*stages, Stage(source, tuple(pending), True, blocks))
+    return first, (*stages, Stage(source, tuple(pending), True, *fixed))
 
 
 def _width(decoder: Decoder, level: int) -> int:
@@ -177,132 +184,6 @@ def _map_values(decoder: Decoder, level: int, height: int, width: int) -> int:
     """Values of the largest map of a level for codes `(height, width)`."""
     positions = height * width << 2 * (len(decoder.channel_multipliers) - 1 - level)
     return positions * max(_width(decoder, level), _width(decoder, level + 1))
-
-
-# ---- Tiles.
-
-
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """The tiles along height or width: cores of one size, each in a window with its margins.
-
-    At the border of the map a window is shifted inwards, so that zero padding is where it is for
-    the whole map. The last core is shifted likewise, and shares positions with the one before.
-    """
-
-    size: int  # positions of the target's map
-    core: int
-    target: int
-    margins: dict[int, int]
-
-    @classmethod
-    def divide(cls, size: int, most: int, stage: Stage) -> "Axis":
-        """Cores of at most `most` positions, as equal as may be, whole in the source's map."""
-        step = 1 << (stage.source - stage.target)
-        count = math.ceil(size / max(step, most // step * step))
-        core = math.ceil(size / count / step) * step
-        return cls(size, core, stage.target, stage.margins())
-
-    @property
-    def count(self) -> int:
-        """Of tiles."""
-        return math.ceil(self.size / self.core)
-
-    def core_start(self, index):
-        """Where a core begins in the target's map."""
-        return jnp.minimum(index * self.core, self.size - self.core)
-
-    def extent(self, level: int) -> int:
-        """Positions of a window at a level."""
-        shift = level - self.target
-        return min(self.size >> shift, (self.core >> shift) + 2 * self.margins[level])
-
-    def start(self, level: int, index):
-        """Where a window begins in a level's map."""
-        shift = level - self.target
-        wanted = (self.core_start(index) >> shift) - self.margins[level]
-        return jnp.clip(wanted, 0, (self.size >> shift) - self.extent(level))
-
-    def own(self, level: int, index):
-        """Which positions of a window belong to the core and to none before it: bool."""
-        place = self.start(level, index) + jnp.arange(self.extent(level))
-        core = self.core >> (level - self.target)
-        return (place >= index * core) & (place < (index + 1) * core)
-
-
-class Norms:
-    """An interceptor of `GroupNorm`: the first few get the whole map's statistics.
-
-    Of the one after them the moments of the tile are taken; what follows it has no meaning.
-    """
-
-    def __init__(self, known):
-        """`known` holds mean and variance `(1, C)` of the norms in the order of execution."""
-        self.known = list(known)
-        self.weights = None  # (1, h, w, 1): 1 where a position counts
-        self.moments = None  # count, mean and variance, once they are found
-
-    def __call__(self, call, args, kwargs, context):
-        """As `flax.linen.intercept_methods` wants it."""
-        norm = context.module
-        if not isinstance(norm, GroupNorm) or context.method_name != "__call__":
-            return call(*args, **kwargs)
-        x = at_least_float32(args[0])
-        if self.known:
-            mean, variance = self.known.pop(0)
-            scale, bias = (norm.get_variable("params", name) for name in ("scale", "bias"))
-            factor = scale * jax.lax.rsqrt(variance + norm.epsilon)
-            x = x * factor[:, None, None] + (bias - mean * factor)[:, None, None]
-        elif self.moments is None:
-            self.moments = _moments(x, self.weights, norm.num_groups)
-        return x.astype(norm.dtype)
-
-
-def _moments(x, weights, num_groups):
-    """Number of positions, mean and variance of each channel's group `(1, C)`."""
-    weights = weights.astype(x.dtype)
-    count = weights.sum()
-    mean = group_mean(sum_positions(x * weights) / count, num_groups)
-    squares = jnp.square(x - mean[:, None, None]) * weights
-    return count, mean, group_mean(sum_positions(squares) / count, num_groups)
-
-
-def _joined(count, mean, variance):
-    """Mean and variance of all from those of parts `(T,)`, `(T, 1, C)`: within plus between.
-
-    "Updating formulae and a pairwise algorithm for computing sample variances" (Chan et al. 1979).
-    """
-    share = (count / count.sum())[:, None, None]
-    total = (share * mean).sum(axis=0)
-    return total, (share * (variance + jnp.square(mean - total))).sum(axis=0)
-
-
-def _run_in_tiles(module, variables, stage, tile, x, output, i):
-    """Writes what a stage makes of the whole map `x` into `output[i]`."""
-    decoder = module.decoder
-    side = min(
-        math.isqrt(tile // max(_width(decoder, level), _width(decoder, level + 1)))
-        << (level - stage.target)
-        for level in (stage.target, *stage.levels)
-    )
-    rows, columns = (Axis.divide(size, side, stage) for size in output.shape[1:3])
-
-    def run(index, known):
-        place = (rows, index // columns.count), (columns, index % columns.count)
-        return module.apply(variables, x, stage, place, known, method=_run_tile)
-
-    tiles = jnp.arange(rows.count * columns.count)
-    known = []
-    for _ in range(stage.num_norms):
-        moments = jax.lax.map(lambda index, known=tuple(known): run(index, known)[1], tiles)
-        known.append(_joined(*moments))
-
-    def write(index, output):
-        values, _ = run(index, known)
-        corner = rows.core_start(index // columns.count), columns.core_start(index % columns.count)
-        return jax.lax.dynamic_update_slice(output, values, (i, *corner, 0))
-
-    return jax.lax.fori_loop(0, len(tiles), write, output)
 
 
 # ---- Parts of the decoder, as methods of the tokenizer.
@@ -320,35 +201,23 @@ def _run_whole(module, codes, first):
     return x
 
 
-def _run_tile(module, x, stage, place, known):
-    """The core of a tile of a stage's result; or the moments at the norm after the known ones."""
-    decoder, norms, at = module.decoder, Norms(known), stage.source
-
-    def cut(x, level, origin=(0, 0)):
-        """The window of `level` from a map that begins at `origin`."""
-        starts = [axis.start(level, index) for axis, index in place]
-        starts = [start - first for start, first in zip(starts, origin, strict=True)]
-        extents = [axis.extent(level) for axis, _ in place]
-        rows, columns = (axis.own(level, index) for axis, index in place)
-        norms.weights = (rows[:, None] & columns).astype(jnp.float32)[None, ..., None]
-        return jax.lax.dynamic_slice(x, (0, *starts, 0), (1, *extents, x.shape[-1]))
+def _run_tile(module, x, stage, place, norms):
+    """The core of a tile of a stage's result, from the whole map `x`."""
+    decoder, at = module.decoder, stage.source
 
     with nn.intercept_methods(norms):
-        x = cut(x, at)
+        norms.count(at, place)
+        x = window(x, at, place)
         for level in stage.levels:
             if level < at:
                 origin = [2 * axis.start(at, index) for axis, index in place]
-                x = cut(_double(decoder, at, x), level, origin)
+                x = window(_double(decoder, at, x), level, place, origin)
+                norms.count(level, place)
                 at = level
             x = _run_blocks(decoder, level, x)
-            if norms.moments is not None:
-                return None, norms.moments
         if stage.last:
             x = module.head(nn.swish(decoder.norm_out(x)))
-    starts = [axis.core_start(index) - axis.start(at, index) for axis, index in place]
-    cores = [axis.core for axis, _ in place]
-    values = jax.lax.dynamic_slice(x, (0, *starts, 0), (1, *cores, x.shape[-1]))
-    return values, norms.moments
+    return core(x, at, place)
 
 
 def _run_blocks(decoder, level, x):

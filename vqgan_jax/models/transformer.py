@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqgan_jax.models.attention import Linear, SelfAttention
-from vqgan_jax.models.layers import at_least_float32
-from vqgan_jax.models.operations import normalize_tokens
+from vqgan_jax.models.layers import LayerNorm, at_least_float32
 from vqgan_jax.models.orders import ROW_MAJOR, Permutation, permutation
 from vqgan_jax.models.positions import GridPositions, rotary_angles
 
@@ -46,18 +45,6 @@ def gelu(x: jax.Array) -> jax.Array:
     By erf, as PyTorch has it; by erfc, as JAX has it, is much slower.
     """
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
-
-
-class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, statistics in float32 or wider, epsilon 1e-5."""
-
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return normalize_tokens(at_least_float32(x), scale, bias, 1e-5).astype(self.dtype)
 
 
 class Block(nn.Module):

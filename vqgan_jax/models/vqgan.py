@@ -121,8 +121,8 @@ class VQGAN(nn.Module):
 
 
 def _convolutional(model: Mapping, dtype: jnp.dtype) -> dict:
-    names = ("resolution", "channels", "num_res_blocks", "num_groups", "dropout", "remat")
-    shared = {name: model[name] for name in names} | dict(
+    names = ("resolution", "channels", "num_res_blocks", "middle_attention", "norm", "num_groups")
+    shared = {name: model[name] for name in (*names, "dropout", "remat")} | dict(
         channel_multipliers=tuple(model["channel_multipliers"]),
         attention_resolutions=tuple(model["attention_resolutions"]),
         dtype=dtype,

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vqgan_jax.data.images import prepare_images
 from vqgan_jax.losses import adversarial
 from vqgan_jax.training.accumulation import accumulate
 from vqgan_jax.training.game import Game
 from vqgan_jax.training.generator_step import adversarial_share
-from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.states import TokenizerState, micro_batch_keys
 
 

@@ -13,7 +13,6 @@ from vqgan_jax.data.condition_sources import ConditionSource, Layouts
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.inference import Tokenizer
 from vqgan_jax.training.compilation import compile_options
-from vqgan_jax.training.images import prepare_images
 
 
 def encode_raw(tokenizer: Tokenizer, variables, raw: jax.Array) -> jax.Array:
@@ -21,8 +20,7 @@ def encode_raw(tokenizer: Tokenizer, variables, raw: jax.Array) -> jax.Array:
 
     `(B, h * w * depth)` where a position has several, which stay together.
     """
-    images = prepare_images(tokenizer.config, raw)
-    codes = tokenizer.module.apply(variables, images, method="encode")
+    codes = tokenizer.codes_of(variables, raw)
     return codes.reshape(len(codes), -1)
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vqgan_jax.data.images import prepare_images
 from vqgan_jax.losses.reconstruction import logit_laplace
 from vqgan_jax.metrics.codebook import code_counts, perplexity, usage
 from vqgan_jax.metrics.reconstruction import as_8_bit, psnr, ssim
 from vqgan_jax.training.game import Game
-from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.objectives import uses_perceptual
 
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vqgan_jax.data.images import prepare_images
 from vqgan_jax.losses import adversarial
 from vqgan_jax.metrics.codebook import code_counts, perplexity, usage
 from vqgan_jax.training.accumulation import accumulate
 from vqgan_jax.training.freezing import frozen_parts, without_gradient
 from vqgan_jax.training.game import Game
-from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.objectives import quantization_objective, reconstruction_objective
 from vqgan_jax.training.optimizers import update_moving_average
 from vqgan_jax.training.states import TokenizerState, micro_batch_keys

@@ -8,13 +8,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vqgan_jax.data.images import prepare_images
 from vqgan_jax.data.pipeline import evaluation_batches, evaluation_images, training_batches
 from vqgan_jax.data.sources import open_source
 from vqgan_jax.interop.lpips import check_lpips, load_lpips
 from vqgan_jax.training.compilation import compile_options, compile_players
 from vqgan_jax.training.evaluation import evaluate, evaluation_step
 from vqgan_jax.training.game import Game
-from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.objectives import uses_perceptual
 from vqgan_jax.training.pictures import side_by_side
 from vqgan_jax.training.sharding import batch_sharding, replicated, state_shardings
