@@ -19,10 +19,10 @@ from vqgan_jax.configuration import (
     tokenizer_config,
     validate,
 )
+from vqgan_jax.data.images import prepare_images
 from vqgan_jax.models import layers, vit
 from vqgan_jax.models.vit import Trunk, attend_among_all, resize_positions
 from vqgan_jax.training.game import make_vqgan
-from vqgan_jax.training.images import prepare_images
 
 
 def config_of_pair(pair):
@@ -285,7 +285,8 @@ def test_positions_of_another_grid_are_places_in_the_image(rows, columns):
         np.meshgrid(*((np.arange(n) + 0.5) / n for n in (rows, columns)), indexing="ij"), axis=-1
     )
     inner = (slice(rows // 4, -(rows // 4)), slice(columns // 4, -(columns // 4)))
-    np.testing.assert_allclose(found[inner], expected[inner], atol=1e-6)
+    # Half a place off would be 0.03; the filter that smooths for a smaller grid is not quite linear.
+    np.testing.assert_allclose(found[inner], expected[inner], atol=2e-3)
 
 
 def test_other_sizes_of_images():

@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 
 from vqgan_jax.conditions.kinds import Conditions
 from vqgan_jax.data.errors import DataError
+from vqgan_jax.data.images import prepare_images
 from vqgan_jax.data.pipeline import evaluation_batches, evaluation_examples
 from vqgan_jax.generation import Generator
 from vqgan_jax.inference import Tokenizer
 from vqgan_jax.models.transformer import Block, Transformer
 from vqgan_jax.training.encoding import encode_raw
-from vqgan_jax.training.images import prepare_images
 from vqgan_jax.training.learner import make_transformer
 
 PIXELS, ENCODER, LATENTS = "pixels", "encoder", "latents"
