@@ -96,7 +96,7 @@ def test_classifiers_are_the_optimum_that_newtons_method_finds():
         np.testing.assert_allclose(found, expected, atol=0.01 * np.abs(expected).max())
         accuracies.append(np.mean(np.argmax(expected, axis=1) == labels))
     np.testing.assert_allclose(fitted.accuracy, accuracies)
-    assert accuracies[0] == 1.0 > accuracies[1] > 0.5
+    assert accuracies[0] > 0.9 > accuracies[1] > 0.5
 
 
 def test_rows_in_pieces_and_constant_features(monkeypatch):
