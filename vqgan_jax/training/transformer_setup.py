@@ -42,6 +42,12 @@ def resolved(
     found: dict[str, Any] = {"model.codebook_size": tokenizer.codebook_size}
     if codes:
         resolution = codes[0].info.resolution
+        if config.tokenizer.resolution not in (0, resolution):
+            raise ConfigError(
+                f"config.tokenizer.resolution is {config.tokenizer.resolution}, and "
+                f"{codes[0].directory} has codes of images of {resolution} pixels; tokenize with "
+                f"--resolution={config.tokenizer.resolution} into another --output."
+            )
         grid, class_names = tuple(codes[0].grid), codes[0].class_names
         objects = _objects_of_codes(codes[0]) if has_layout else {}
     else:
