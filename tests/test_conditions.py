@@ -13,9 +13,11 @@ import tiny
 import transformer_runs as stage2
 import vqgan_jax
 from transformer_runs import CODEBOOK, SIDE, assert_one_line, tiny_config
-from vqgan_jax.conditions.coordinates import coordinate_tokens
+from vqgan_jax.conditions.class_labels import ClassLabel
+from vqgan_jax.conditions.coordinates import Coordinates, coordinate_tokens
 from vqgan_jax.conditions.files import read_known_part
-from vqgan_jax.conditions.kinds import ClassLabel, Conditions, Coordinates, Stored
+from vqgan_jax.conditions.image_codes import ImageCodes
+from vqgan_jax.conditions.kinds import Conditions
 from vqgan_jax.configuration import ConfigError, add_condition_image
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.sample import sample, split_conditions
@@ -27,7 +29,7 @@ LABELS = 3
 
 # ---- From batches to tokens.
 
-KINDS = (Coordinates("coordinates", (2, 2), 5), Stored("edges", (1, 2), 7), ClassLabel(3))
+KINDS = (Coordinates((2, 2), 4), ImageCodes("edges", (1, 2), 7), ClassLabel(3))
 BATCH = {
     "label": np.array([2, -1], np.int32),
     "edges": np.array([[6, 0], [3, 4]], np.int32),

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from vqgan_jax.conditions.keypoint_files import read_keypoints
-from vqgan_jax.conditions.kinds import layout_encoding
 from vqgan_jax.conditions.layout_files import read_layout
+from vqgan_jax.conditions.scene_layouts import layout_encoding
 from vqgan_jax.data.decoding import decode_image, decode_label_map
 from vqgan_jax.data.errors import DataError, UnreadableImage
 

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vqgan_jax.conditions.coordinates import coordinate_tokens
-from vqgan_jax.conditions.kinds import layout_encoding
 from vqgan_jax.conditions.layouts import Layout, LayoutEncoding
+from vqgan_jax.conditions.scene_layouts import layout_encoding
 from vqgan_jax.conditions.skeletons import draw_people
 
 Condition = int | str | Sequence | np.ndarray | Layout | Mapping[str, Any] | None

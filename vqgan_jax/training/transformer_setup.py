@@ -6,7 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vqgan_jax.conditions.kinds import layout_encoding, make_kinds
+from vqgan_jax.conditions.kinds import make_kinds
+from vqgan_jax.conditions.scene_layouts import layout_encoding
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.configuration.common import value_at
 from vqgan_jax.data.code_manifest import ConditionInfo
