@@ -12,8 +12,8 @@ normalisation over the whole image, codes drawn window by window were decoded in
 The first command took 31 minutes on two cores that had other work, and ended with PSNR 28.5 dB, SSIM
 0.67, LPIPS (AlexNet) 0.101 and 73 % of the codes in use on 43 unseen tiles. An unseen place of
 256x512 pixels has PSNR 27.2 dB as a whole, and 27.1 in tiles of 128, with 72 % of the codes alike.
-The second ended with 69 % of the pixels right, 95 % of the codes in use and some classes taken for
-others, such as cropland for savanna. `:relief` was not tried.
+The second took 12 minutes and ended with 82 % of the pixels right and 96 % of the codes in use; the
+best 256 codes of 8x8 pixels that know nothing of their neighbours, found by k-means, have 86 %.
 """  # noqa: E501
 
 from vqgan_jax.configuration import parse_argument, tokenizer_config
@@ -67,9 +67,7 @@ def get_config(arg: str = ""):
 
     config.training.batch_size = 16
     config.training.num_steps = 1600
-    if (
-        argument.data == "segmentation"
-    ):  # more and smaller steps: four times as far in the same time
+    if argument.data != "image":  # more and smaller steps: four times as far in the same time
         config.training.batch_size = 4
         config.training.num_steps = 3000
     config.training.evaluate_every = 400

@@ -7,17 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 import tiny
 import transformer_runs as stage2
 import vqgan_jax
 from transformer_runs import CODEBOOK, SIDE, assert_one_line, tiny_config
-from vqgan_jax.conditions.coordinates import coordinate_tokens
-from vqgan_jax.conditions.kinds import ClassLabel, Conditions, Coordinates, Stored
+from vqgan_jax.conditions.class_labels import ClassLabel
+from vqgan_jax.conditions.coordinates import Coordinates, coordinate_tokens
+from vqgan_jax.conditions.files import read_known_part
+from vqgan_jax.conditions.image_codes import ImageCodes
+from vqgan_jax.conditions.kinds import Conditions
 from vqgan_jax.configuration import ConfigError, add_condition_image
 from vqgan_jax.data.errors import DataError
-from vqgan_jax.sample import sample
+from vqgan_jax.sample import sample, split_conditions
 from vqgan_jax.tokenize import tokenize
 from vqgan_jax.training.checkpoints import write_export
 from vqgan_jax.training.game import make_vqgan
@@ -26,7 +29,7 @@ LABELS = 3
 
 # ---- From batches to tokens.
 
-KINDS = (Coordinates("coordinates", (2, 2), 5), Stored("edges", (1, 2), 7), ClassLabel(3))
+KINDS = (Coordinates((2, 2), 4), ImageCodes("edges", (1, 2), 7), ClassLabel(3))
 BATCH = {
     "label": np.array([2, -1], np.int32),
     "edges": np.array([[6, 0], [3, 4]], np.int32),
@@ -210,6 +213,12 @@ def test_completion_keeps_what_is_known(generator):
 def test_no_condition_is_all_of_them_left_out(generator):
     """The tiny config leaves them out in training all together: all may be missing, not some."""
     assert generator.sample_codes(num_samples=2).shape == (2, 16)
+    conditions = Conditions.from_config(generator.config)
+    rows = generator.given.batch(None, 2, (4, 4))
+    for given, dropped in zip(
+        conditions.parts(rows), conditions.parts(rows, dropped=True), strict=True
+    ):
+        np.testing.assert_array_equal(given, dropped)
     with pytest.raises(ValueError) as error:
         generator.sample_codes(num_samples=2, condition={"class": 0})
     assert "needs the condition segmentation, edges" in assert_one_line(error)
@@ -294,7 +303,15 @@ def test_command_completes_and_animates(trained, generator, files):
     images = [np.asarray(Image.open(files / "output" / f"{i:06}.png")) for i in range(2)]
     assert images[0].shape == (24, 16, 3) and np.any(images[0] != images[1])
     with Image.open(files / "output" / "animation.gif") as film:
-        assert film.n_frames >= 1 and film.size == (16, 24)
+        assert film.size == (16, 24) and film.n_frames == 12  # one for each code that is drawn
+        first = np.asarray(film.convert("RGB")).astype(int)
+    grey = np.abs(first - 128).max(axis=-1) < 8
+    assert grey[4:, :8].all() and not grey[:, 8:].all()
+    (files / "output" / "animation.gif").unlink()
+    stored = (files / "output" / "000000.png").stat().st_mtime_ns
+    sample(str(trained), files / "output", 2, **options)
+    assert (files / "output" / "animation.gif").exists()
+    assert (files / "output" / "000000.png").stat().st_mtime_ns == stored
 
     label_map = np.asarray(Image.open(files / "map.png"))
     pixels = np.asarray(Image.open(files / "part.png").convert("RGB"))
@@ -328,16 +345,70 @@ def white_behind(path):
     [
         ({"segmentation": "edges.png"}, "is a label map, a grey or palette picture"),
         ({"edges": "none.png"}, "there is no such file"),
-        ({"depth": "map.png"}, "no condition 'depth'; it has segmentation, edges"),
+        ({"edges": ""}, "--condition=edges=: the path is missing"),
+        (
+            {"class": "map.png"},
+            "that is a file; it has segmentation, edges. Classes are for --class.",
+        ),
+        ({"depth": "map.png"}, "'depth' that is a file; it has segmentation, edges."),
     ],
 )
 def test_files_that_are_not_the_condition(trained, files, change, words):
     conditions = {"segmentation": "map.png", "edges": "edges.png"} | change
-    conditions = {kind: str(files / name) for kind, name in conditions.items()}
+    conditions = {kind: name and str(files / name) for kind, name in conditions.items()}
     with pytest.raises(DataError) as error:
         sample(str(trained), files / "output", 1, height=24, conditions=conditions)
     assert words in assert_one_line(error)
     assert not (files / "output").exists()
+
+
+def test_kinds_of_the_command_line():
+    assert split_conditions(["a=b,c=d", "e=f=g"]) == {"a": "b,c=d", "e": "f=g"}
+    for given, words in ((["a"], "must be KIND=PATH"), (["a=b", "a=c"], "is given twice")):
+        with pytest.raises(DataError) as error:
+            split_conditions(given)
+        assert words in assert_one_line(error)
+
+
+def test_the_file_of_a_folder_that_is_wrong_is_named(trained, files):
+    folder = files / "maps"
+    folder.mkdir()
+    for name, side in (("a.png", 24), ("b.png", 28)):
+        Image.new("L", (16, side)).save(folder / name)
+    conditions = {"segmentation": str(folder), "edges": f"{files}/edges.png"}
+    with pytest.raises(DataError) as error:
+        sample(str(trained), files / "output", 1, height=24, conditions=conditions)
+    assert "b.png: the condition segmentation has 16 x 28" in assert_one_line(error)
+
+
+KNOWN = np.arange(6 * 4).reshape(6, 4)
+HALVES = {
+    "top": KNOWN < 12,
+    "bottom": KNOWN >= 12,
+    "left": KNOWN % 4 < 2,
+    "right": KNOWN % 4 >= 2,
+}
+
+
+@pytest.mark.parametrize("side", HALVES)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_halves_of_an_image_without_transparent_parts(side, mode, tmp_path):
+    Image.new(mode, (16, 24), "red").save(tmp_path / "image.png")
+    pixels, known = read_known_part(str(tmp_path / "image.png"), side, (24, 16), 4)
+    assert np.all(pixels == [255, 0, 0])
+    np.testing.assert_array_equal(known, HALVES[side])
+
+
+def test_transparent_parts_are_turned_with_the_image(tmp_path):
+    """Orientation 6 says that the picture is stored as if turned left by a quarter."""
+    upright = np.zeros((24, 16, 4), np.uint8)
+    upright[:8, :, 3] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
+    stored.save(tmp_path / "image.png", exif=exif)
+    _, known = read_known_part(str(tmp_path / "image.png"), "top", (24, 16), 4)
+    np.testing.assert_array_equal(known, KNOWN < 8)
 
 
 def test_sizes_that_do_not_fit(trained, files):

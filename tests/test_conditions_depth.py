@@ -142,7 +142,7 @@ def test_depth_has_the_same_codes_everywhere(inputs, generator, tmp_path):
         read_conditions(generator.config.condition, "depth", str(folder / name))
         for name in stage2.CLASSES
     ]
-    given = np.concatenate(files)
+    given = np.stack([picture for own in files for picture in own.values()])
     rows = generator.given.batch({"depth": given}, 11, (4, 4))
     np.testing.assert_array_equal(rows["depth"].reshape(11, 4), expected)
 

@@ -285,7 +285,7 @@ def test_positions_of_another_grid_are_places_in_the_image(rows, columns):
         np.meshgrid(*((np.arange(n) + 0.5) / n for n in (rows, columns)), indexing="ij"), axis=-1
     )
     inner = (slice(rows // 4, -(rows // 4)), slice(columns // 4, -(columns // 4)))
-    # Half a place off would be 0.03; the filter that smooths for a smaller grid is not quite linear.
+    # Half a place off would be 0.03; the filter for a smaller grid is not quite linear.
     np.testing.assert_allclose(found[inner], expected[inner], atol=2e-3)
 
 

@@ -10,10 +10,11 @@ import numpy as np
 from PIL import Image
 
 from vqgan_jax.conditions.files import in_turn, read_known_part
+from vqgan_jax.conditions.layouts import Layout
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.training.progress import format_duration
 
-FRAMES, REPORT_SECONDS = 40, 10.0
+REPORT_SECONDS = 10.0
 WINDOWS = 16  # of the transformer, at a time
 
 
@@ -39,7 +40,7 @@ class Drawing:
 
     @property
     def batch_size(self) -> int:
-        """Samples at once on a device, so that `WINDOWS` windows are drawn from at a time."""
+        """Samples at once on a device: as many as make `WINDOWS` windows at a time, at least 1."""
         in_flight = -(-self.grid[1] // self.generator.config.model.grid[1])
         return max(1, WINDOWS // in_flight)
 
@@ -59,12 +60,28 @@ class Drawing:
         for kind, values in files.items():
             digest = hashlib.sha256()
             for value in values:
-                digest.update(repr(value).encode() if kind == "layout" else value.tobytes())
+                digest.update(_bytes_of_layout(value) if kind == "layout" else value.tobytes())
             settings[f"condition {kind}"] = digest.hexdigest()
         if self._known is not None:
             known = np.where(self._known_mask, self._known, -1)
             settings["known"] = hashlib.sha256(known.astype("<i4").tobytes()).hexdigest()
         return settings
+
+    def is_drawn(self, step: int) -> np.ndarray:
+        """Which codes are there after so many steps of a window that slides, bool `(h, w)`."""
+        known = False if self._known is None else self._known_mask.reshape(self.grid)
+        return (self._steps() < step) | known
+
+    def work(self, step: int) -> int:
+        """How many of the first steps have something to draw; the others cost nothing."""
+        known = np.zeros(self.grid, bool) if self._known is None else self.is_drawn(0)
+        steps = np.unique(self._steps()[~known])
+        return int(np.count_nonzero(steps < step))
+
+    def _steps(self) -> np.ndarray:
+        """In which step each code is drawn, `(h, w)`."""
+        rows, columns = np.indices(self.grid)
+        return self.generator.config.model.grid[1] * rows + columns
 
     def draw(self, numbers: np.ndarray, batch_size: int, on_progress=None) -> np.ndarray:
         """The codes of samples by number, `(len(numbers), h, w)`."""
@@ -87,29 +104,45 @@ class Drawing:
         return codes.reshape(-1, *self.grid)
 
 
+def _bytes_of_layout(layout: Layout) -> bytes:
+    objects = [(item.label, item.box, sorted(item.attributes)) for item in layout.objects]
+    return repr((objects, layout.crop)).encode()
+
+
 class Film:
     """Watches images form: prints how far they are, and keeps pictures of it."""
 
     def __init__(self, drawing: Drawing, show: bool):
         """Of a batch of samples; `show` keeps pictures of the first one."""
         self.show, self._drawing = show, drawing
-        self._frames: list[np.ndarray] = []
-        self._start, self._reported = time.monotonic(), time.monotonic()
+        self._frames: list[tuple[int, np.ndarray]] = []
+        self._first: tuple[float, int] | None = None  # time and work: compilation lies before
+        self._reported = time.monotonic()
 
     def __call__(self, step: int, total: int, codes: np.ndarray) -> None:
         """Takes in the codes `(B, h, w)` after a step."""
-        if self.show and step * FRAMES >= (len(self._frames) + 1) * total:
-            self._frames.append(np.array(codes[:1]))
-        now = time.monotonic()
+        if self.show:
+            self._frames.append((step, np.array(codes[:1])))
+        now, work = time.monotonic(), self._drawing.work(step)
+        if self._first is None and work > 0:
+            self._first = now, work
         if jax.process_index() == 0 and (now - self._reported > REPORT_SECONDS or step == total):
-            left = format_duration((now - self._start) * (total - step) / step)
-            print(f"step {step}/{total}  left {left}", flush=True)
+            start, done = self._first or (now, work)
+            text = f"step {step}/{total}"
+            if work > done:
+                remaining = self._drawing.work(total) - work
+                text += f"  left {format_duration((now - start) * remaining / (work - done))}"
+            print(text, flush=True)
             self._reported = now
 
     def encoded(self) -> bytes:
-        """An animated GIF of the first sample, whose last picture stays a while."""
-        images = [self._drawing.generator.decode(codes)[0] for codes in self._frames]
-        frames = [Image.fromarray(image) for image in images]
+        """An animated GIF of the first sample, grey where there is nothing yet."""
+        frames = []
+        for step, codes in self._frames:
+            image = self._drawing.generator.decode(codes)[0]
+            factor = self._drawing.generator.tokenizer.factor
+            drawn = self._drawing.is_drawn(step).repeat(factor, axis=0).repeat(factor, axis=1)
+            frames.append(Image.fromarray(np.where(drawn[..., None], image, np.uint8(128))))
         content = io.BytesIO()
         frames[0].save(
             content,

@@ -25,7 +25,7 @@ from vqgan_jax.sampling.sliding_window import num_steps, sample_steps
 from vqgan_jax.training.learner import make_transformer
 from vqgan_jax.training.pictures import intensities_to_rgb, label_colors
 
-STEPS = 64  # of a sliding window, between two reports
+STEPS, REPORTS = 64, 40  # of a sliding window: steps between two reports at most; reports
 
 
 class Generator:
@@ -150,9 +150,10 @@ class Generator:
             batch_size: samples at once on each device; None for all, at most 64.
             height: of the images in pixels, at least that of the training's; None for that.
             width: the same.
-            on_progress: called with the steps made, all steps, and the codes so far `(B, h, w)`,
-                from time to time; each code then costs a whole forward pass, as it does in larger
-                images.
+            on_progress: called some 40 times for each part of `batch_size` with the steps made,
+                all steps of the part, and its codes so far `(B, h, w)`, 0 where there are none
+                yet and with the last row again where the part is not full; each code then costs a
+                whole forward pass, as it does in larger images.
             rows: of a batch of `num_samples` codes, whose conditions are taken; with no
                 `condition`.
 
@@ -203,12 +204,13 @@ class Generator:
         codes, mask = known.reshape(-1, *grid), known_mask.reshape(-1, *grid)
         scales = None if scales is None else scales.reshape(grid)
         total = num_steps(*grid, self.config.model.grid[1])
-        for first in range(0, total, STEPS):
+        count = min(STEPS, math.ceil(total / REPORTS))
+        for first in range(0, total, count):
             codes = self._slide(
-                params, key, filters, scales, first, STEPS, rows, indices, codes, mask
+                params, key, filters, scales, first, count, rows, indices, codes, mask
             )
             if on_progress is not None:
-                on_progress(min(first + STEPS, total), total, np.asarray(codes))
+                on_progress(min(first + count, total), total, np.asarray(codes))
         return codes.reshape(len(codes), -1)
 
     def condition_pictures(self, rows: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -295,8 +297,9 @@ class Generator:
             return np.zeros(shape, np.int32), np.zeros(shape, bool)
         _check(known_mask is not None, "known codes need known_mask, which says where they are.")
         known = np.broadcast_to(np.asarray(known, np.int32), shape)
+        known_mask = np.broadcast_to(np.asarray(known_mask, bool), shape)
         self._check_range(known, "known codes")
-        return known, np.broadcast_to(np.asarray(known_mask, bool), shape)
+        return np.where(known_mask, known, 0), known_mask
 
     def _check_range(self, codes: np.ndarray, name: str) -> None:
         size = self.config.model.codebook_size

@@ -57,6 +57,7 @@ from vqgan_jax.sample_files import (
     stored_samples,
     write_atomically,
 )
+from vqgan_jax.training.progress import format_duration
 
 FORMATS = ("png", "grid", "npz")
 ANIMATION = "animation.gif"
@@ -131,9 +132,10 @@ def sample(
     except ValueError as error:
         raise DataError(f"--class: {error}") from error
     given = {} if labels is None else {"class": labels}
-    given |= {
+    files = {
         kind: read_conditions(condition, kind, path) for kind, path in (conditions or {}).items()
     }
+    given |= {kind: list(values.values()) for kind, values in files.items()}
     try:
         options = generator.settings(**options)
         grid = generator.grid(height, width)
@@ -141,11 +143,14 @@ def sample(
             generator.check_window("pictures of images as they form (--animate)")
         # What does not fit ends here: as a trial the first of each, and the size of all.
         generator.given.batch({kind: values[0] for kind, values in given.items()} or None, 1, grid)
-        for kind in condition.images.keys() & given.keys():
-            for picture in given[kind]:
-                generator.given.check_image(kind, picture, generator.size_of(grid))
     except ValueError as error:
         raise DataError(str(error)) from error
+    for kind in condition.images.keys() & files.keys():
+        for file, picture in files[kind].items():
+            try:
+                generator.given.check_image(kind, picture, generator.size_of(grid))
+            except ValueError as error:
+                raise DataError(f"{file}: {error}") from error
     drawing = Drawing(generator, grid, given, options | {"seed": seed})
     if complete:
         drawing.complete(complete, keep)
@@ -224,7 +229,9 @@ def draw_missing(
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     mine = batches[jax.process_index() :: jax.process_count()]
     todo = [indices for indices in mine if not all(path_of(folder, i).exists() for i in indices)]
-    start, done = time.perf_counter(), 0
+    if animate and mine and mine[0][0] == 0 and not (output / ANIMATION).exists():
+        todo = [mine[0], *(indices for indices in todo if indices[0] != 0)]
+    done, total, after_first = 0, sum(map(len, todo)), None
     for indices in todo:
         full = np.concatenate([indices, np.repeat(indices[-1:], size - len(indices))])
         film = Film(drawing, show=animate and indices[0] == 0)
@@ -243,9 +250,14 @@ def draw_missing(
             Image.fromarray(images[place]).save(encoded, format="png", pnginfo=text)
             write_atomically(path_of(folder, index), encoded.getvalue())
         done += len(indices)
-        rate = done / (time.perf_counter() - start)
         if jax.process_index() == 0:
-            print(f"{done} of {sum(map(len, todo))} samples, {rate:.2f} a second.", flush=True)
+            text, now = f"{done} of {total} samples", time.perf_counter()
+            if after_first is None:  # which had the compilation
+                after_first = done, now
+            else:
+                rate = (done - after_first[0]) / (now - after_first[1])
+                text += f", {rate:.2f} a second, left {format_duration((total - done) / rate)}"
+            print(text, flush=True)
 
 
 def main() -> None:
@@ -276,12 +288,19 @@ def split_conditions(given: Sequence[str]) -> dict[str, str]:
     """KIND=PATH, several of them, to a mapping.
 
     Raises:
-        DataError: one is not of that form.
+        DataError: one is not of that form, or of a kind that there was already.
     """
-    wrong = [text for text in given if "=" not in text]
-    if wrong:
-        raise DataError(f"--condition={wrong[0]}: it must be KIND=PATH.")
-    return dict(text.split("=", 1) for text in given)
+    found = {}
+    for text in given:
+        kind, equals, path = text.partition("=")
+        if not equals:
+            raise DataError(f"--condition={text}: it must be KIND=PATH.")
+        if kind in found:
+            raise DataError(
+                f"--condition={kind}=... is given twice; for several samples, give a folder."
+            )
+        found[kind] = path
+    return found
 
 
 OPTIONS = ("temperature", "top_k", "top_p", "guidance_scale", "guidance_schedule")
@@ -304,7 +323,11 @@ def _define_flags() -> None:
     flags.DEFINE_string("guidance_schedule", None, "constant, linear or cosine.")
     flags.DEFINE_integer("height", None, "Pixels; as in training by default.", lower_bound=1)
     flags.DEFINE_integer("width", None, "Pixels; as in training by default.", lower_bound=1)
-    flags.DEFINE_list("condition", [], "KIND=PATH of a file or folder: pictures, maps, layouts.")
+    flags.DEFINE_multi_string(
+        "condition",
+        [],
+        "KIND=PATH of a file or folder: pictures, maps, layouts. Once for each kind.",
+    )
     flags.DEFINE_string(
         "complete", "", "An image to keep a part of: what is not transparent, or the half --keep."
     )

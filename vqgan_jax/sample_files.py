@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vqgan_jax.data.errors import DataError
 
 GRID, ARRAYS, SETTINGS = "grid.png", "samples.npz", "settings.json"
-GRID_SAMPLES, GRID_COLUMNS, GRID_SIDE = 64, 8, 128
+GRID_SAMPLES, GRID_COLUMNS, GRID_SIDE, LARGEST_SIDE = 64, 8, 128, 512
 FONT_SIZE, MARGIN = 14, 6
 
 
@@ -59,7 +59,7 @@ def finish(
     paths = [path_of(output, index) for index in range(num_samples)]
     if "grid" in formats:
         shown = labelled_grid(
-            [np.asarray(Image.open(path)) for path in paths[:GRID_SAMPLES]],
+            [thumbnail(path) for path in paths[:GRID_SAMPLES]],
             None if labels is None else labels[:GRID_SAMPLES],
             class_names,
         )
@@ -71,6 +71,13 @@ def finish(
         with temporary.open("wb") as file:  # not by way of memory, where they are already once
             np.savez(file, **arrays)
         temporary.replace(output / ARRAYS)
+
+
+def thumbnail(path: pathlib.Path) -> np.ndarray:
+    """A picture, large ones smaller: uint8 `(H, W, 3)`."""
+    with Image.open(path) as image:
+        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        return np.asarray(image)
 
 
 def labelled_grid(

@@ -16,7 +16,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from vqgan_jax.conditions.derived import DERIVED
-from vqgan_jax.conditions.kinds import layout_encoding
+from vqgan_jax.conditions.scene_layouts import layout_encoding
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.data.condition_sources import (
     ConditionImage,

@@ -4,7 +4,39 @@ A model of crops that knows where each crop lies can later paint a large image w
 Esser et al., "Taming Transformers for High-Resolution Image Synthesis" (2021), do for faces.
 """
 
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Coordinates:
+    """Where in the whole image each code lies: one token a code.
+
+    There is one token more than intervals, see `coordinate_tokens`.
+    """
+
+    shape: tuple[int, ...]
+    intervals: int
+    name: str = "coordinates"
+
+    @property
+    def vocabulary(self) -> int:
+        """Both ends of the intervals have a token."""
+        return self.intervals + 1
+
+    def tokens(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Those of `coordinate_tokens`, `(B, ...)`, as `(B, n)`."""
+        tokens = jnp.asarray(batch[self.name], jnp.int32)
+        return tokens.reshape(len(tokens), -1)
+
+    def picture(self, tokens: np.ndarray, height: int, width: int) -> np.ndarray:
+        """Tokens `(n,)` -> from black to white, uint8 `(height, width, 3)`."""
+        del width
+        return draw_coordinates(tokens.reshape(self.shape), height // self.shape[0], self.intervals)
 
 
 def coordinate_tokens(

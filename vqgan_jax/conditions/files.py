@@ -2,22 +2,23 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vqgan_jax.conditions.keypoint_files import read_keypoints
-from vqgan_jax.conditions.kinds import layout_encoding
 from vqgan_jax.conditions.layout_files import read_layout
+from vqgan_jax.conditions.scene_layouts import layout_encoding
 from vqgan_jax.data.decoding import decode_image, decode_label_map
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.data.errors import DataError, UnreadableImage
 
 SIDES = ("top", "bottom", "left", "right")
 
 
-def read_conditions(condition: ConfigDict, kind: str, path: str) -> list:
-    """What `GivenConditions` takes of a kind, from a file or from all files of a folder, in order.
+def read_conditions(condition: ConfigDict, kind: str, path: str) -> dict[pathlib.Path, Any]:
+    """What `GivenConditions` takes of a kind, by file: of one, or of all of a folder in order.
 
     Args:
         condition: `config.condition` of the transformer.
@@ -31,9 +32,11 @@ def read_conditions(condition: ConfigDict, kind: str, path: str) -> list:
     kinds = [name for name in condition.kinds if name not in ("class", "coordinates")]
     if kind not in kinds:
         raise DataError(
-            f"--condition={kind}=...: the model has no condition {kind!r}; it has "
-            f"{', '.join(kinds) or 'none that is a file'}."
+            f"--condition={kind}=...: the model has no condition {kind!r} that is a file; it has "
+            f"{', '.join(kinds) or 'none'}." + (" Classes are for --class." * (kind == "class"))
         )
+    if not path:
+        raise DataError(f"--condition={kind}=: the path is missing.")
     place = pathlib.Path(path).expanduser()
     if not place.exists():
         raise DataError(f"--condition={kind}={path}: there is no such file.")
@@ -45,20 +48,22 @@ def read_conditions(condition: ConfigDict, kind: str, path: str) -> list:
     if kind == "layout":
         layout = condition.layout
         encoding, class_names = layout_encoding(layout), tuple(layout.class_names)
-        return [read_layout(file, encoding, class_names) for file in files]
+        return {file: read_layout(file, encoding, class_names) for file in files}
     image = condition.images[kind]
     decode = decode_label_map if image.num_labels else decode_image
-    return [
-        read_keypoints(file)
+    return {
+        file: read_keypoints(file)
         if image.derive == "skeleton" and file.suffix.lower() == ".json"
         else _decoded(kind, file, decode)
         for file in files
-    ]
+    }
 
 
 def _decoded(kind: str, file: pathlib.Path, decode) -> np.ndarray:
     try:
         return decode(file)
+    except UnreadableImage:
+        raise
     except DataError as error:
         if decode is decode_label_map and "label map" in str(error):
             with Image.open(file) as picture:
@@ -75,7 +80,7 @@ def read_known_part(
 ) -> tuple[np.ndarray, np.ndarray]:
     """An image that is to be completed, and which of its codes are known.
 
-    Where it is transparent it is to be drawn; an image without transparency is known in one half.
+    Where it is transparent it is to be drawn; an image that is not is known in one half.
 
     Args:
         path: of the image.
@@ -96,18 +101,20 @@ def read_known_part(
             f"and the image to draw {size[1]} x {size[0]}."
         )
     height, width = size
-    known = np.zeros(size, bool)
+    known = np.ones(size, bool)
     with Image.open(path) as image:
         if image.has_transparency_data:
-            known = np.asarray(image.convert("RGBA"))[..., 3] == 255
-        elif side == "top":
-            known[: height // 2] = True
-        elif side == "bottom":
-            known[height - height // 2 :] = True
-        elif side == "left":
-            known[:, : width // 2] = True
-        else:
-            known[:, width - width // 2 :] = True
+            upright = ImageOps.exif_transpose(image)  # as `decode_image` has it
+            known = np.asarray(upright.convert("RGBA"))[..., 3] == 255
+    if known.all():
+        half = {
+            "top": np.s_[: height // 2],
+            "bottom": np.s_[height - height // 2 :],
+            "left": np.s_[:, : width // 2],
+            "right": np.s_[:, width - width // 2 :],
+        }
+        known = np.zeros(size, bool)
+        known[half[side]] = True
     squares = known.reshape(height // factor, factor, width // factor, factor)
     return pixels, squares.all(axis=(1, 3))
 

@@ -1,5 +1,7 @@
 """Conditions as a user gives them, checked against what the model was trained with."""
 
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,8 +10,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vqgan_jax.conditions.coordinates import coordinate_tokens
-from vqgan_jax.conditions.kinds import layout_encoding
-from vqgan_jax.conditions.layouts import Layout
+from vqgan_jax.conditions.layouts import Layout, LayoutEncoding
+from vqgan_jax.conditions.scene_layouts import layout_encoding
 from vqgan_jax.conditions.skeletons import draw_people
 
 Condition = int | str | Sequence | np.ndarray | Layout | Mapping[str, Any] | None
@@ -32,6 +34,7 @@ class GivenConditions:
         """
         self._condition, self._factor, self._tokenizers = config.condition, factor, tokenizers
         self._window = tuple(config.model.grid)
+        self._known_codes: dict[tuple, np.ndarray] = {}
         self.asked = tuple(kind for kind in config.condition.kinds if kind != "coordinates")
 
     def batch(
@@ -52,7 +55,7 @@ class GivenConditions:
         Raises:
             ValueError: it is none of that, or not of the image's size.
         """
-        given = self._by_kind(condition)
+        given, shape = self._by_kind(condition), (num_samples, *grid)
         rows = {}
         if "class" in self.asked:
             rows["label"] = self.labels(given["class"], num_samples)
@@ -62,10 +65,7 @@ class GivenConditions:
             elif kind != "class":
                 rows[kind] = self._image_codes(kind, given[kind], num_samples, grid)
         if "coordinates" in self._condition.kinds:
-            height, width = (size * self._factor for size in grid)
-            intervals = self._condition.coordinates.intervals
-            tokens = coordinate_tokens(height, width, self._factor, intervals)
-            rows["coordinates"] = np.broadcast_to(tokens, (num_samples, *grid))
+            rows["coordinates"] = np.broadcast_to(self._coordinates(given, grid), shape)
         return rows
 
     def _by_kind(self, condition: Condition) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class GivenConditions:
             f"this model has no condition {', '.join(unknown)}; it has "
             f"{', '.join(self.asked) or 'none'}.",
         )
-        missing = [kind for kind in self.asked if kind not in condition]
+        missing = [kind for kind in self.asked if condition.get(kind) is None]
         if missing and (self._condition.dropout == 0.0 or len(missing) < len(self.asked)):
             if missing == ["class"] == list(self.asked):
                 count = self._condition.num_classes
@@ -93,8 +93,10 @@ class GivenConditions:
                     "this model draws images of a class: condition must be one of its "
                     f"{count} classes."
                 )
+            flag = "class=NAME" if missing[0] == "class" else f"condition={missing[0]}=PATH"
             raise ValueError(
-                f"this model needs the condition {', '.join(missing)}, which is not given."
+                f"this model needs the condition {', '.join(missing)}, which is not given "
+                f"(vqgan_jax.sample --{flag})."
             )
         return {kind: condition.get(kind) for kind in self.asked}
 
@@ -116,12 +118,20 @@ class GivenConditions:
 
     def _class_number(self, name: int | str) -> int:
         count, class_names = self._condition.num_classes, self._condition.class_names
-        if isinstance(name, str) and not name.isdigit():
+        if isinstance(name, str) and not name.isdecimal():
             names = ", ".join(class_names) or f"0 to {count - 1}"
             _check(name in class_names, f"there is no class {name!r}; there are {names}.")
             return class_names.index(name)
         _check(0 <= int(name) < count, f"there is no class {name}; there are 0 to {count - 1}.")
         return int(name)
+
+    def _coordinates(self, given: Mapping[str, Any], grid: tuple[int, int]) -> np.ndarray:
+        """`grid`; where no condition at all is given, none of them either, as in training."""
+        if self.asked and all(value is None for value in given.values()):
+            return np.full(grid, -1, np.int32)
+        height, width = (size * self._factor for size in grid)
+        intervals = self._condition.coordinates.intervals
+        return coordinate_tokens(height, width, self._factor, intervals)
 
     def _layouts(
         self, given: Layout | Sequence[Layout] | None, num_samples: int, grid: tuple[int, int]
@@ -135,13 +145,7 @@ class GivenConditions:
             len(layouts) in (1, num_samples),
             f"condition has {len(layouts)} layouts for {num_samples} samples.",
         )
-        tokens = {
-            layout: encoding.encode(layout)
-            if grid == self._window
-            else encoding.encode_windows(layout, grid, self._window)
-            for layout in dict.fromkeys(layouts)
-        }
-        rows = np.stack([tokens[layout] for layout in layouts])
+        rows = np.stack([_layout_tokens(encoding, one, grid, self._window) for one in layouts])
         return np.broadcast_to(rows, (num_samples, *rows.shape[1:]))
 
     def _image_codes(self, kind, given, num_samples, grid) -> np.ndarray:
@@ -150,17 +154,26 @@ class GivenConditions:
         own_grid = height // tokenizer.factor, width // tokenizer.factor
         if given is None:
             return np.full((num_samples, *own_grid), -1, np.int32)
-        if self._condition.images[kind].derive == "skeleton" and isinstance(given, Sequence):
-            # Each by itself: they may have other numbers of people.
-            images = np.concatenate([self.check_image(kind, g, (height, width)) for g in given])
+        if isinstance(given, Sequence):
+            # Each by itself: people may be of other numbers, and small images of other sizes.
+            images = np.concatenate(
+                [self.check_image(kind, np.asarray(g), (height, width)) for g in given]
+            )
         else:
             images = self.check_image(kind, np.asarray(given), (height, width))
         _check(
             len(images) in (1, num_samples),
             f"condition {kind} has {len(images)} images for {num_samples} samples.",
         )
-        codes = np.concatenate([tokenizer.encode_raw(image[None]) for image in images])
+        codes = np.concatenate([self._codes_of(kind, image) for image in images])
         return np.broadcast_to(codes, (num_samples, *codes.shape[1:]))
+
+    def _codes_of(self, kind: str, image: np.ndarray) -> np.ndarray:
+        """`(1, h, w)`: one picture at a time, each once, for batches that have it again."""
+        key = kind, image.shape, hashlib.sha256(np.ascontiguousarray(image)).digest()
+        if key not in self._known_codes:
+            self._known_codes[key] = np.asarray(self._tokenizers[kind].encode_raw(image[None]))
+        return self._known_codes[key]
 
     def check_image(self, kind: str, images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Condition images with a batch axis in front, of the size of the image to draw.
@@ -208,9 +221,19 @@ class GivenConditions:
         _check(
             images.shape[1:3] == size,
             f"the condition {kind} has {images.shape[2]} x {images.shape[1]} pixels (width x "
-            f"height), and the image to draw {size[1]} x {size[0]}.",
+            f"height), and the image to draw {size[1]} x {size[0]}: height and width say its size.",
         )
         return images
+
+
+@functools.lru_cache(maxsize=256)  # batches have the same ones again
+def _layout_tokens(
+    encoding: LayoutEncoding, layout: Layout, grid: tuple[int, int], window: tuple[int, int]
+) -> np.ndarray:
+    encoding.check(layout)
+    if grid == window:
+        return encoding.encode(layout)
+    return encoding.encode_windows(layout, grid, window)
 
 
 def _check(condition: bool, message: str) -> None:

@@ -14,13 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vqgan_jax.conditions.coordinates import draw_coordinates
-from vqgan_jax.conditions.layout_pictures import draw_layout
-from vqgan_jax.conditions.layouts import LayoutEncoding
+from vqgan_jax.conditions.class_labels import ClassLabel
+from vqgan_jax.conditions.coordinates import Coordinates
+from vqgan_jax.conditions.image_codes import ImageCodes
+from vqgan_jax.conditions.scene_layouts import SceneLayout, layout_encoding
 
 
 class Condition(Protocol):
     """One kind of condition.
+
+    For logs, `picture(tokens, height, width)` shows what tokens `(n,)` say, uint8 `(height, width,
+    3)`; a class has none, and codes of an image are shown by their tokenizer.
 
     Attributes:
         name: in configs, batches and files.
@@ -37,79 +41,6 @@ class Condition(Protocol):
         """`(B, n)` int32 from a batch of codes."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassLabel:
-    """The image's class: one token."""
-
-    num_classes: int
-    name: str = "class"
-    shape: tuple[int, ...] = (1,)
-
-    @property
-    def vocabulary(self) -> int:
-        """One token a class."""
-        return self.num_classes
-
-    def tokens(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """`label`, `(B,)`, as `(B, 1)`."""
-        return jnp.asarray(batch["label"], jnp.int32)[:, None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """Tokens that come with the batch under the kind's own name: the codes of a condition image."""
-
-    name: str
-    shape: tuple[int, ...]
-    vocabulary: int
-
-    def tokens(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """`(B, ...)` as `(B, n)`."""
-        tokens = jnp.asarray(batch[self.name], jnp.int32)
-        return tokens.reshape(len(tokens), -1)
-
-
-class Coordinates(Stored):
-    """Where in the whole image each code lies: one token a code.
-
-    There is one token more than intervals, see `coordinates.coordinate_tokens`.
-    """
-
-    def picture(self, tokens: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Tokens `(n,)` -> from black to white, uint8 `(height, width, 3)`."""
-        del width
-        factor = height // self.shape[0]
-        return draw_coordinates(tokens.reshape(self.shape), factor, self.vocabulary - 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class SceneLayout:
-    """Which objects are where; their names, if there are any, are for people."""
-
-    encoding: LayoutEncoding
-    class_names: tuple[str, ...] = ()
-    name: str = "layout"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """One row of tokens."""
-        return (self.encoding.length,)
-
-    @property
-    def vocabulary(self) -> int:
-        """Classes, places and padding share their numbers."""
-        return self.encoding.num_tokens
-
-    def tokens(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """As `LayoutEncoding.encode` made them, or `encode_windows` for a larger image."""
-        tokens = jnp.asarray(batch[self.name], jnp.int32)
-        return tokens.reshape(len(tokens), -1)
-
-    def picture(self, tokens: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Tokens `(n,)` -> the boxes, uint8 `(height, width, 3)`."""
-        return draw_layout(self.encoding.decode(tokens), height, width, self.class_names)
-
-
 def make_kinds(condition: ConfigDict, grid: tuple[int, int]) -> tuple[Condition, ...]:
     """The kinds of a resolved `config.condition`, for codes of a grid."""
     return tuple(_make_kind(name, condition, tuple(grid)) for name in condition.kinds)
@@ -119,22 +50,12 @@ def _make_kind(name: str, condition: ConfigDict, grid: tuple[int, int]) -> Condi
     if name == "class":
         return ClassLabel(condition.num_classes)
     if name == "coordinates":
-        return Coordinates(name, grid, condition.coordinates.intervals + 1)
+        return Coordinates(grid, condition.coordinates.intervals)
     if name == "layout":
         layout = condition.layout
         return SceneLayout(layout_encoding(layout), tuple(layout.class_names))
     image = condition.images[name]
-    return Stored(name, tuple(image.grid), image.codebook_size)
-
-
-def layout_encoding(layout: ConfigDict) -> LayoutEncoding:
-    """The encoding that `config.condition.layout` describes.
-
-    Raises:
-        ValueError: as `LayoutEncoding`.
-    """
-    names = (field.name for field in dataclasses.fields(LayoutEncoding))
-    return LayoutEncoding(**{name: layout[name] for name in names})
+    return ImageCodes(name, tuple(image.grid), image.codebook_size)
 
 
 @dataclasses.dataclass(frozen=True)

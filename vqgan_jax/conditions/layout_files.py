@@ -22,6 +22,7 @@ from typing import Any
 from vqgan_jax.conditions.json_files import load_json, parse_file
 from vqgan_jax.conditions.layouts import (
     ATTRIBUTES,
+    ROUNDING,
     WHOLE_SCENE,
     Box,
     Layout,
@@ -29,8 +30,6 @@ from vqgan_jax.conditions.layouts import (
     SceneObject,
 )
 from vqgan_jax.data.errors import DataError
-
-_ROUNDING = 1e-6  # x + width may exceed 1 by so much: 0.1 + 0.9 need not be 1 in floats
 
 
 def read_layout(
@@ -160,7 +159,7 @@ def _box(value: Any, where: str) -> Box:
         raise DataError(f"{where}: a box is [x, y, width, height], four numbers.")
     x, y, width, height = value
     inside = all(0 <= number <= 1 for number in value)  # and no NaN, which JSON's reader lets pass
-    if not inside or max(x + width, y + height) > 1 + _ROUNDING:
+    if not inside or max(x + width, y + height) > 1 + ROUNDING:
         raise DataError(
             f"{where}: the box {value} leaves the frame. x, y, width and height are shares of the "
             "scene, with x + width and y + height at most 1."

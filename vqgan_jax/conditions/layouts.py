@@ -13,6 +13,7 @@ import numpy as np
 Box = tuple[float, float, float, float]  # x, y of the upper left corner, width, height
 
 WHOLE_SCENE: Box = (0.0, 0.0, 1.0, 1.0)
+ROUNDING = 1e-6  # x + width may exceed 1 by so much: 0.1 + 0.9 need not be 1 in floats
 ATTRIBUTES = ("group", "occluded", "depiction", "inside")  # in the order of their bits
 
 
@@ -154,6 +155,27 @@ class LayoutEncoding:
         if self.with_crop:
             tokens.extend(self._corner_tokens(_mirrored(layout.crop) if flip else layout.crop))
         return np.array(tokens, np.int32)
+
+    def check(self, layout: Layout) -> None:
+        """Raises `ValueError` where a layout cannot be what its maker meant.
+
+        That is where a box is not in the frame or an object has an attribute that is not encoded;
+        `encode` leaves out or clamps what data sets have of that kind.
+        """
+        for number, item in enumerate(layout.objects):
+            x, y, width, height = item.box
+            inside = min(item.box) >= 0 and max(x + width, y + height) <= 1 + ROUNDING
+            if not inside or min(width, height) <= 0:
+                raise ValueError(
+                    f"The box {list(item.box)} of object {number} is not within the scene: x, y, "
+                    "width and height are shares of it, from 0 to 1."
+                )
+            unknown = sorted(item.attributes - set(self.attributes))
+            if unknown:
+                raise ValueError(
+                    f"Object {number} has the attribute {unknown[0]}, which the model does not "
+                    f"know; it knows {', '.join(self.attributes) or 'none'}."
+                )
 
     def encode_windows(
         self, layout: Layout, grid: tuple[int, int], window: tuple[int, int]

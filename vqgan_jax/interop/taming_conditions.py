@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from vqgan_jax.conditions.kinds import layout_encoding, make_kinds
+from vqgan_jax.conditions.kinds import make_kinds
+from vqgan_jax.conditions.scene_layouts import layout_encoding
 from vqgan_jax.configuration import ConfigError, add_condition_image, downsampling_factor
 from vqgan_jax.data.condition_sources import ConditionImage, check_conditions
 from vqgan_jax.data.errors import DataError

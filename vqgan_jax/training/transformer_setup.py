@@ -6,7 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vqgan_jax.conditions.kinds import layout_encoding, make_kinds
+from vqgan_jax.conditions.kinds import make_kinds
+from vqgan_jax.conditions.scene_layouts import layout_encoding
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.configuration.common import value_at
 from vqgan_jax.data.code_manifest import ConditionInfo
@@ -42,6 +43,12 @@ def resolved(
     found: dict[str, Any] = {"model.codebook_size": tokenizer.codebook_size}
     if codes:
         resolution = codes[0].info.resolution
+        if config.tokenizer.resolution not in (0, resolution):
+            raise ConfigError(
+                f"config.tokenizer.resolution is {config.tokenizer.resolution}, and "
+                f"{codes[0].directory} has codes of images of {resolution} pixels; tokenize with "
+                f"--resolution={config.tokenizer.resolution} into another --output."
+            )
         grid, class_names = tuple(codes[0].grid), codes[0].class_names
         objects = _objects_of_codes(codes[0]) if has_layout else {}
     else:
