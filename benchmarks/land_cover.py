@@ -10,9 +10,10 @@ with the same share of classes whose pixels lie anywhere. Of the 17 classes, tho
 the same to the eye make one group in `agreement_of_groups`: forests, shrubs and savannas, grass and
 crops, water and wetland, snow, barren and urban.
 
-`gradient_at_borders` and `gradient_elsewhere` are the mean steps between neighbouring pixels across
-the lines that are multiples of `--window` pixels, and across all others. They are alike where nothing
-shows that windows slid over the picture; compare with a photograph, since few lines vary by chance.
+`gradient_at_windows`, `gradient_at_codes` and `gradient_elsewhere` are the mean steps between
+neighbouring pixels across the lines that are multiples of `--window` pixels, across the other borders
+of codes, multiples of `--code`, and across all other lines. The first two are alike where nothing
+shows that windows slid over the picture; the last differs from them as far as codes show.
 """  # noqa: E501
 
 import argparse
@@ -84,16 +85,17 @@ def agreement(true: np.ndarray, read: np.ndarray) -> tuple[float, float]:
     return float((true == read).mean()), float(shares[0] @ shares[1])
 
 
-def border_gradients(image: np.ndarray, window: int) -> tuple[float, float]:
-    """Mean absolute step between pixels across the lines of a grid, and across all others."""
-    at_borders, elsewhere = [], []
+def border_gradients(image: np.ndarray, window: int, code: int) -> tuple[float, float, float]:
+    """Mean absolute step between pixels across windows' borders, other codes', and elsewhere."""
+    found = [[], [], []]
     for axis in (0, 1):
         pixels = np.moveaxis(image.astype(np.float64), axis, 0)
         steps = np.abs(np.diff(pixels, axis=0)).reshape(len(pixels) - 1, -1).mean(axis=1)
-        border = np.arange(1, len(pixels)) % window == 0
-        at_borders.append(steps[border])
-        elsewhere.append(steps[~border])
-    return float(np.concatenate(at_borders).mean()), float(np.concatenate(elsewhere).mean())
+        line = np.arange(1, len(pixels))
+        kind = np.where(line % window == 0, 0, np.where(line % code == 0, 1, 2))
+        for number, own in enumerate(found):
+            own.append(steps[kind == number])
+    return tuple(float(np.concatenate(own).mean()) for own in found)
 
 
 def main() -> None:
@@ -102,6 +104,7 @@ def main() -> None:
     parser.add_argument("--map", required=True, help="the land cover, grey PNG of classes")
     parser.add_argument("--pictures", required=True, help="pictures of its size, by commas")
     parser.add_argument("--window", type=int, default=128, help="in pixels (default 128)")
+    parser.add_argument("--code", type=int, default=8, help="in pixels (default 8)")
     parser.add_argument("--columns", default="", help="FIRST:LAST, only these of the map")
     arguments = parser.parse_args()
     first, _, last = arguments.columns.partition(":")
@@ -117,13 +120,14 @@ def main() -> None:
         read = classifier(neighbourhoods(image))
         share, chance = agreement(land_cover, read)
         of_groups, chance_of_groups = agreement(GROUPS[land_cover], GROUPS[read])
-        at_borders, elsewhere = border_gradients(image, arguments.window)
+        at_windows, at_codes, elsewhere = border_gradients(image, arguments.window, arguments.code)
         figures = dict(
             agreement=share,
             chance=chance,
             agreement_of_groups=of_groups,
             chance_of_groups=chance_of_groups,
-            gradient_at_borders=at_borders,
+            gradient_at_windows=at_windows,
+            gradient_at_codes=at_codes,
             gradient_elsewhere=elsewhere,
         )
         print(json.dumps({"picture": path} | {k: round(v, 4) for k, v in figures.items()}))

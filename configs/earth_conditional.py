@@ -11,7 +11,8 @@ maps go through them as they are trained on, at crops of their own each time; `c
 (with `relief=...`, with `low_resolution:4=runs/earth_f8`). A window of 16x16 codes is 128 pixels.
 
 The first command took 36 minutes on two cores that had other work and ended with 6.46 bits a code on
-unseen tiles. docs/conditional.md shows what the others then make.
+unseen tiles; `:super_resolution` has 5.61 after half of its steps, `:relief` was not trained to its
+end. docs/conditional.md has pictures.
 """  # noqa: E501
 
 from vqgan_jax.configuration import (

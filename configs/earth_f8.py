@@ -13,7 +13,8 @@ The first command took 31 minutes on two cores that had other work, and ended wi
 0.67, LPIPS (AlexNet) 0.101 and 73 % of the codes in use on 43 unseen tiles. An unseen place of
 256x512 pixels has PSNR 27.2 dB as a whole, and 27.1 in tiles of 128, with 72 % of the codes alike.
 The second took 12 minutes and ended with 82 % of the pixels right and 96 % of the codes in use; the
-best 256 codes of 8x8 pixels that know nothing of their neighbours, found by k-means, have 86 %.
+best 256 codes of 8x8 pixels that know nothing of their neighbours, found by k-means, have 86 %. Half of
+the third, 1,500 steps, ended with 24.8 dB after 12 minutes.
 """  # noqa: E501
 
 from vqgan_jax.configuration import parse_argument, tokenizer_config

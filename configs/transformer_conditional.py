@@ -10,19 +10,21 @@
 | `drin` | depth, of the animals of ImageNet | 24 layers of 1,024 |
 | `deepfashion` | skeletons of people | 18 layers of 768 |
 | `edges` | Canny edges of the image | 24 layers of 1,024 |
+| `drawings` | line drawings | 24 layers of 1,024 |
 | `super_resolution` | the image at a quarter of its size | 12 layers of 1,024 |
 | `faceshq` | the coordinates of the crop | 24 layers of 1,024 |
 | `coco_scenes` | boxes of up to 30 objects, 92 tokens | 40 layers of 1,408, dropout 0.1 |
 | `open_images_scenes` | the same | 36 layers of 1,536, dropout 0.1 |
 
 Sizes are those of the paper's table 8 and of the reference's configs; for ADE20K the table lists 405
-million parameters, where this shape has fewer. `images` holds PNG or JPEG files in
+million parameters, where this shape has fewer, and drawings are not in it. `images` holds PNG or JPEG files in
 `PATH/train` and `PATH/validation`, and what the condition is made of under the same names in
 `PATH/segmentation/train` and so on: label maps as grey PNG whose values are the classes, depth as
 grey PNG or TIFF, of 16 or 32 bits in any unit (each picture is scaled by itself, its smallest value
-to -1 and its largest to 1, in 256 levels), and in `PATH/skeleton/train` keypoints as JSON files of
+to -1 and its largest to 1, in 256 levels), drawings in `PATH/drawing/train`, and in `PATH/skeleton/train` keypoints as JSON files of
 COCO's 17 or OpenPose's 18 points (`conditions.keypoint_files`). Edges and low resolution are made
-from the images. A tokenizer of one channel reads every picture as grey.
+from the images. A tokenizer of one channel reads every picture as grey. With `places=centers` a
+scene has the centres of its objects instead of their boxes.
 
 Scenes are read from tensorflow-datasets, `coco/2017` (80 classes of objects) and `open_images_v4`
 (601), or from folders, `images=folder:PATH` with JSON files in `PATH/layout/train` and the names of
@@ -51,6 +53,7 @@ MODELS = {
     "drin": (24, 1024, {"name": "depth"}),
     "deepfashion": (18, 768, {"name": "skeleton", "derive": "skeleton"}),
     "edges": (24, 1024, {"name": "edges", "derive": "edges"}),
+    "drawings": (24, 1024, {"name": "drawing"}),
     "super_resolution": (12, 1024, {"name": "low_resolution", "derive": "low_resolution"}),
     "faceshq": (24, 1024, None),
 }
@@ -63,7 +66,10 @@ VARIANTS = (*MODELS, *SCENES)
 
 
 def get_config(arg: str = ""):
-    """`arg` is a model, then `images=`, `tokenizer=`, `condition=` (its tokenizer), `codes=`."""
+    """`arg` is a model, then keys.
+
+    `images=`, `tokenizer=`, `condition=` (its tokenizer), `codes=`; of scenes `places=`.
+    """
     argument = parse_argument(
         arg,
         data="sflckr",
@@ -71,6 +77,7 @@ def get_config(arg: str = ""):
         tokenizer="runs/vqgan",
         condition="runs/condition_vqgan",
         codes="",
+        places="boxes",
     )
     if argument.data not in VARIANTS:
         raise ConfigError(f"{argument.data!r} must be one of {', '.join(VARIANTS)}.")
@@ -85,6 +92,7 @@ def get_config(arg: str = ""):
         config.condition.kinds = ("layout",)
         config.condition.layout.attributes = ("group",)
         config.condition.layout.min_area = min_area
+        config.condition.layout.places = argument.places
     else:
         layers, width, image = MODELS[argument.data]
         if image is None:

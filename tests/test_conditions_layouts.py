@@ -117,6 +117,10 @@ def test_decoding_gives_the_layout_up_to_half_a_section(places):
         np.testing.assert_array_equal(encoding.encode(layout), REFERENCE["boxes", True, False])
 
 
+def layout_of(box, *attributes):
+    return Layout((SceneObject(0, box, frozenset(attributes)),))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -129,6 +133,15 @@ def test_decoding_gives_the_layout_up_to_half_a_section(places):
         (lambda: ENCODING.decode(np.zeros(16, int)), r"\(17,\), not \(16,\)"),
         (lambda: ENCODING.decode(np.full(17, 8150)), "8150 is no place"),
         (lambda: ENCODING.decode(np.arange(17)[::-1]), "not the upper left"),
+        (lambda: ENCODING.check(layout_of((1.5, 0, 0.5, 0.5))), "object 0 is not within the scene"),
+        (lambda: ENCODING.check(layout_of((-0.3, 0, 0.5, 0.5))), "is not within the scene"),
+        (lambda: ENCODING.check(layout_of((0.1, 0.1, 0.5, 0.0))), "is not within the scene"),
+        (
+            lambda: dataclasses.replace(ENCODING, attributes=()).check(
+                layout_of((0, 0, 1, 1), "group")
+            ),
+            "has the attribute group, which the model does not know; it knows none",
+        ),
         (
             lambda: dataclasses.replace(ENCODING, attributes=()).decode(np.full(17, 300)),
             "300 is no class",

@@ -57,5 +57,6 @@ def test_agreement_and_borders_by_hand(land_cover):
     true, read = np.array([[0, 0], [1, 1]]), np.array([[0, 1], [1, 1]])
     assert land_cover.agreement(true, read) == (0.75, 0.5 * 0.25 + 0.5 * 0.75)
     image = np.zeros((8, 8, 3), np.uint8)
-    image[:, 4:] = 6
-    assert land_cover.border_gradients(image, 4) == (3.0, 0.0)  # one of two lines, by 6
+    image[:, 2:], image[:, 4:] = 1, 7
+    # One of two lines by 6, one of four by 1, and all others.
+    assert land_cover.border_gradients(image, 4, 2) == (3.0, 0.25, 0.0)

@@ -173,11 +173,12 @@ SCENE = Layout(
 )
 
 
-def test_larger_scenes_are_drawn_window_by_window(of_layouts):
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_larger_scenes_are_drawn_window_by_window(of_layouts, scale):
     """Greedily, code by code: the likeliest one by the likelihoods of all, each in its window.
 
     As in the reference, the window's middle is the earlier one of two codes, and the layout's crop
-    is the window.
+    is the window. Guidance leads away from what is likely without a layout.
     """
     generator = vqgan_jax.load(of_layouts)
     random = np.random.default_rng(0)  # parameters that the layout matters to
@@ -185,7 +186,7 @@ def test_larger_scenes_are_drawn_window_by_window(of_layouts):
         lambda x: (x + 0.3 * random.standard_normal(x.shape)).astype(np.float32), generator.params
     )
     generator = generator.with_params(params)
-    options = dict(height=24, width=28, temperature=0.0, top_k=0, guidance_scale=1.0)
+    options = dict(height=24, width=28, temperature=0.0, top_k=0, guidance_scale=scale)
     drawn = generator.sample_codes(num_samples=2, condition=SCENE, **options).reshape(2, 6, 7)
     np.testing.assert_array_equal(drawn[0], drawn[1])
     for i, j in [(0, 0), (1, 6), (2, 3), (3, 2), (4, 4), (5, 0), (5, 6)]:
@@ -193,7 +194,8 @@ def test_larger_scenes_are_drawn_window_by_window(of_layouts):
         crop = (left / 7, top / 6, 4 / 7, 4 / 6)
         window = np.repeat(drawn[:1, top : top + 4, left : left + 4], CODEBOOK, axis=0)
         window[:, i - top, j - left] = np.arange(CODEBOOK)
-        likelihoods = generator.log_likelihood(window, Layout(SCENE.objects, crop))
+        likelihoods = scale * generator.log_likelihood(window, Layout(SCENE.objects, crop))
+        likelihoods += (1.0 - scale) * generator.log_likelihood(window)
         position = 4 * (i - top) + j - left
         assert likelihoods[:, position].argmax() == drawn[0, i, j]
     elsewhere = Layout(SCENE.objects, (0.0, 0.0, 0.5, 0.5))

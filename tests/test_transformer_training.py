@@ -461,6 +461,10 @@ def test_codes_of_another_grid_and_without_classes(transformer_inputs, tmp_path)
     inputs = tmp_path / "inputs"
     shutil.copytree(transformer_inputs.directory, inputs)
     stage2.write_codes(inputs, "larger", resolution=20)
+    larger = tiny_config(data={"codes": str(inputs / "larger")}, tokenizer={"resolution": 16})
+    with pytest.raises(ConfigError) as error:
+        stage2.train_alone(larger, tmp_path / "run")
+    assert "has codes of images of 20 pixels; tokenize with --resolution=16" in str(error.value)
     shutil.rmtree(inputs / "codes" / "validation")
     shutil.copytree(inputs / "larger" / "validation", inputs / "codes" / "validation")
     config = tiny_config(data={"codes": str(inputs / "codes")})

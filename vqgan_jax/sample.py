@@ -141,8 +141,6 @@ def sample(
         grid = generator.grid(height, width)
         if animate:
             generator.check_window("pictures of images as they form (--animate)")
-        # What does not fit ends here: as a trial the first of each, and the size of all.
-        generator.given.batch({kind: values[0] for kind, values in given.items()} or None, 1, grid)
     except ValueError as error:
         raise DataError(str(error)) from error
     for kind in condition.images.keys() & files.keys():
@@ -151,6 +149,10 @@ def sample(
                 generator.given.check_image(kind, picture, generator.size_of(grid))
             except ValueError as error:
                 raise DataError(f"{file}: {error}") from error
+    try:  # what does not fit together ends here: as a trial, the first of each
+        generator.given.batch({kind: values[0] for kind, values in given.items()} or None, 1, grid)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     drawing = Drawing(generator, grid, given, options | {"seed": seed})
     if complete:
         drawing.complete(complete, keep)
