@@ -14,7 +14,7 @@ The first command took 31 minutes on two cores that had other work, and ended wi
 256x512 pixels has PSNR 27.2 dB as a whole, and 27.1 in tiles of 128, with 72 % of the codes alike.
 The second took 12 minutes and ended with 82 % of the pixels right and 96 % of the codes in use; the
 best 256 codes of 8x8 pixels that know nothing of their neighbours, found by k-means, have 86 %. Half of
-the third, 1,500 steps, ended with 24.8 dB after 12 minutes.
+the third, 1,500 steps, ended with 24.8 dB after 12 minutes, with hues lost and a weave on plains.
 """  # noqa: E501
 
 from vqgan_jax.configuration import parse_argument, tokenizer_config

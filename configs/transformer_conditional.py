@@ -16,15 +16,16 @@
 | `coco_scenes` | boxes of up to 30 objects, 92 tokens | 40 layers of 1,408, dropout 0.1 |
 | `open_images_scenes` | the same | 36 layers of 1,536, dropout 0.1 |
 
-Sizes are those of the paper's table 8 and of the reference's configs; for ADE20K the table lists 405
-million parameters, where this shape has fewer, and drawings are not in it. `images` holds PNG or JPEG files in
-`PATH/train` and `PATH/validation`, and what the condition is made of under the same names in
-`PATH/segmentation/train` and so on: label maps as grey PNG whose values are the classes, depth as
-grey PNG or TIFF, of 16 or 32 bits in any unit (each picture is scaled by itself, its smallest value
-to -1 and its largest to 1, in 256 levels), drawings in `PATH/drawing/train`, and in `PATH/skeleton/train` keypoints as JSON files of
-COCO's 17 or OpenPose's 18 points (`conditions.keypoint_files`). Edges and low resolution are made
-from the images. A tokenizer of one channel reads every picture as grey. With `places=centers` a
-scene has the centres of its objects instead of their boxes.
+Sizes are those of the paper's table 8 and of the reference's configs; for ADE20K the table lists
+405 million parameters, where this shape has fewer, and drawings are not in it. `images` holds PNG
+or JPEG files in `PATH/train` and `PATH/validation`, and what the condition is made of under the
+same names in `PATH/segmentation/train` and so on: label maps as grey PNG whose values are the
+classes, depth as grey PNG or TIFF, of 16 or 32 bits in any unit (each picture is scaled by itself,
+its smallest value to -1 and its largest to 1, in 256 levels), drawings in `PATH/drawing/train`, and
+in `PATH/skeleton/train` keypoints as JSON files of COCO's 17 or OpenPose's 18 points
+(`conditions.keypoint_files`). Edges and low resolution are made from the images. A tokenizer of one
+channel reads every picture as grey. With `places=centers` a scene has the centres of its objects
+instead of their boxes.
 
 Scenes are read from tensorflow-datasets, `coco/2017` (80 classes of objects) and `open_images_v4`
 (601), or from folders, `images=folder:PATH` with JSON files in `PATH/layout/train` and the names of

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny_tokenizers import published, random_variables, tokenizer, working_memory
+from tiny_tokenizers import (
+    published,
+    random_variables,
+    tokenizer,
+    whole_and_in_tiles,
+    working_memory,
+)
 from vqgan_jax.models import layers, tiled_decoding, tiles
 from vqgan_jax.models.layers import AttentionBlock
 from vqgan_jax.models.tiled_decoding import Stage, decode_in_tiles, plan
@@ -20,10 +26,10 @@ def random_codes(*shape):
 
 
 def decode_both_ways(module, variables, codes, tile, keep):
-    whole = jax.jit(functools.partial(module.apply, method="decode"))(variables, codes)
-    in_tiles = jax.jit(lambda v, c: decode_in_tiles(module, v, c, tile, keep))(variables, codes)
-    assert in_tiles.dtype == whole.dtype and in_tiles.shape == whole.shape
-    return np.asarray(whole), np.asarray(in_tiles)
+    def in_tiles(variables, codes):
+        return decode_in_tiles(module, variables, codes, tile, keep)
+
+    return whole_and_in_tiles(module, "decode", in_tiles, variables, codes)
 
 
 CASES = {

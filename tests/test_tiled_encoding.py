@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny_tokenizers import published, random_variables, tokenizer, working_memory
+from tiny_tokenizers import (
+    published,
+    random_variables,
+    tokenizer,
+    whole_and_in_tiles,
+    working_memory,
+)
 from vqgan_jax.models import tiled_encoding, tiles
 from vqgan_jax.models.quantizers import NearestQuantizer
 from vqgan_jax.models.tiled_encoding import Stage, encode_in_tiles, plan
@@ -34,10 +40,10 @@ def latents(monkeypatch):
 
 
 def encode_both_ways(module, variables, images, tile, keep):
-    whole = jax.jit(functools.partial(module.apply, method="encode"))(variables, images)
-    in_tiles = jax.jit(lambda v, x: encode_in_tiles(module, v, x, tile, keep))(variables, images)
-    assert in_tiles.dtype == whole.dtype and in_tiles.shape == whole.shape
-    return np.asarray(whole), np.asarray(in_tiles)
+    def in_tiles(variables, images):
+        return encode_in_tiles(module, variables, images, tile, keep)
+
+    return whole_and_in_tiles(module, "encode", in_tiles, variables, images)
 
 
 CASES = {

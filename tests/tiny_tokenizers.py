@@ -1,5 +1,7 @@
 """Tokenizers for the tests of decoding and encoding in tiles."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,14 @@ def published(multipliers=(1, 1, 2, 2, 4), attention=(16,)):
     config = tokenizer_config().model
     config.channel_multipliers, config.attention_resolutions = multipliers, attention
     return make_vqgan(config)
+
+
+def whole_and_in_tiles(module, method, in_tiles, variables, x):
+    """What `method` makes of `x`, and what `in_tiles(variables, x)` does, of one type and shape."""
+    whole = jax.jit(functools.partial(module.apply, method=method))(variables, x)
+    tiled = jax.jit(in_tiles)(variables, x)
+    assert tiled.dtype == whole.dtype and tiled.shape == whole.shape
+    return np.asarray(whole), np.asarray(tiled)
 
 
 def working_memory(function, *arguments):

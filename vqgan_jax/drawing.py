@@ -1,5 +1,6 @@
 """What the command that draws images has to draw, and what it shows meanwhile."""
 
+import functools
 import hashlib
 import io
 import time
@@ -12,6 +13,7 @@ from PIL import Image
 from vqgan_jax.conditions.files import in_turn, read_known_part
 from vqgan_jax.conditions.layouts import Layout
 from vqgan_jax.data.errors import DataError
+from vqgan_jax.sampling.sliding_window import steps_of_codes
 from vqgan_jax.training.progress import format_duration
 
 REPORT_SECONDS = 10.0
@@ -70,18 +72,17 @@ class Drawing:
     def is_drawn(self, step: int) -> np.ndarray:
         """Which codes are there after so many steps of a window that slides, bool `(h, w)`."""
         known = False if self._known is None else self._known_mask.reshape(self.grid)
-        return (self._steps() < step) | known
+        return (self._steps < step) | known
 
     def work(self, step: int) -> int:
         """How many of the first steps have something to draw; the others cost nothing."""
         known = np.zeros(self.grid, bool) if self._known is None else self.is_drawn(0)
-        steps = np.unique(self._steps()[~known])
+        steps = np.unique(self._steps[~known])
         return int(np.count_nonzero(steps < step))
 
+    @functools.cached_property
     def _steps(self) -> np.ndarray:
-        """In which step each code is drawn, `(h, w)`."""
-        rows, columns = np.indices(self.grid)
-        return self.generator.config.model.grid[1] * rows + columns
+        return steps_of_codes(*self.grid, self.generator.config.model.grid[1])
 
     def draw(self, numbers: np.ndarray, batch_size: int, on_progress=None) -> np.ndarray:
         """The codes of samples by number, `(len(numbers), h, w)`."""

@@ -104,6 +104,32 @@ class Tokenizer:
                 f"images have type {images.dtype}; this tokenizer takes floats"
                 + (", one-hot." if self.config.data.num_labels else " in [-1, 1]: x / 127.5 - 1.")
             )
+        return self._encode_whole_codes(images)
+
+    def encode_raw(self, raw) -> jax.Array:
+        """Images as they are on disk, uint8 or label maps, -> codes `(B, H/f, W/f)` int32.
+
+        As `encode` of what `data.images.prepare_images` makes of them, with less memory.
+
+        Raises:
+            ValueError: the factor does not divide height and width, or they are neither `(B, H, W,
+                3)` uint8 nor, where the tokenizer is of label maps, `(B, H, W)` integers.
+        """
+        raw = jnp.asarray(raw)
+        if self.config.data.num_labels:
+            fits = raw.ndim == 3 and jnp.issubdtype(raw.dtype, jnp.integer)
+            wanted = "label maps, integers (B, H, W)"
+        else:
+            fits = raw.ndim == 4 and raw.shape[-1] == 3 and raw.dtype == jnp.uint8
+            wanted = "pictures, uint8 (B, H, W, 3)"
+        if not fits:
+            raise ValueError(
+                f"images have shape {raw.shape} and type {raw.dtype}; this tokenizer takes "
+                f"{wanted}."
+            )
+        return self._encode_whole_codes(raw)
+
+    def _encode_whole_codes(self, images: jax.Array) -> jax.Array:
         height, width = images.shape[1:3]
         if height % self.factor or width % self.factor:
             raise ValueError(
@@ -111,13 +137,6 @@ class Tokenizer:
                 "crop or resize them."
             )
         return self._encode(self.variables, images)
-
-    def encode_raw(self, raw) -> jax.Array:
-        """Images as they are on disk, uint8 or label maps, -> codes `(B, H/f, W/f)` int32.
-
-        As `encode` of what `data.images.prepare_images` makes of them, with less memory.
-        """
-        return self._encode(self.variables, jnp.asarray(raw))
 
     def codes_of(self, variables, raw: jax.Array) -> jax.Array:
         """What `encode_raw` compiles, for programs that it is a part of."""

@@ -22,12 +22,12 @@ from typing import Any
 from vqgan_jax.conditions.json_files import load_json, parse_file
 from vqgan_jax.conditions.layouts import (
     ATTRIBUTES,
-    ROUNDING,
     WHOLE_SCENE,
     Box,
     Layout,
     LayoutEncoding,
     SceneObject,
+    is_within_scene,
 )
 from vqgan_jax.data.errors import DataError
 
@@ -158,8 +158,7 @@ def _box(value: Any, where: str) -> Box:
     if not is_box or any(isinstance(x, bool) or not isinstance(x, int | float) for x in value):
         raise DataError(f"{where}: a box is [x, y, width, height], four numbers.")
     x, y, width, height = value
-    inside = all(0 <= number <= 1 for number in value)  # and no NaN, which JSON's reader lets pass
-    if not inside or max(x + width, y + height) > 1 + ROUNDING:
+    if not is_within_scene(value):  # nor is NaN, which JSON's reader lets pass
         raise DataError(
             f"{where}: the box {value} leaves the frame. x, y, width and height are shares of the "
             "scene, with x + width and y + height at most 1."

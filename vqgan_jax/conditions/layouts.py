@@ -13,7 +13,7 @@ import numpy as np
 Box = tuple[float, float, float, float]  # x, y of the upper left corner, width, height
 
 WHOLE_SCENE: Box = (0.0, 0.0, 1.0, 1.0)
-ROUNDING = 1e-6  # x + width may exceed 1 by so much: 0.1 + 0.9 need not be 1 in floats
+_ROUNDING = 1e-6  # x + width may exceed 1 by so much: 0.1 + 0.9 need not be 1 in floats
 ATTRIBUTES = ("group", "occluded", "depiction", "inside")  # in the order of their bits
 
 
@@ -163,12 +163,10 @@ class LayoutEncoding:
         `encode` leaves out or clamps what data sets have of that kind.
         """
         for number, item in enumerate(layout.objects):
-            x, y, width, height = item.box
-            inside = min(item.box) >= 0 and max(x + width, y + height) <= 1 + ROUNDING
-            if not inside or min(width, height) <= 0:
+            if not is_within_scene(item.box) or min(item.box[2:]) == 0:
                 raise ValueError(
-                    f"The box {list(item.box)} of object {number} is not within the scene: x, y, "
-                    "width and height are shares of it, from 0 to 1."
+                    f"The box {list(item.box)} of object {number} is not within the scene or has "
+                    "no area: x, y, width and height are shares of the scene, from 0 to 1."
                 )
             unknown = sorted(item.attributes - set(self.attributes))
             if unknown:
@@ -304,6 +302,12 @@ class LayoutEncoding:
             )
         last = self.sections - 1
         return left / last, top / last, (right - left) / last, (bottom - top) / last
+
+
+def is_within_scene(box: Box) -> bool:
+    """Whether all of a box lies in the scene; one with numbers that are none does not."""
+    x, y, width, height = box
+    return all(0 <= number <= 1 for number in box) and max(x + width, y + height) <= 1 + _ROUNDING
 
 
 def overlap(one: Box, other: Box) -> float:

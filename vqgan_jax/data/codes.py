@@ -200,28 +200,35 @@ def damaged_files(directory: pathlib.Path, manifest: Manifest) -> list[str]:
 
     info = manifest.info
 
-    def check(shard: int) -> list[str]:
+    def names(shard: int) -> dict[str, str]:
+        return {kind: info.file_name(kind, shard) for kind in info.arrays(shard)}
+
+    def altered(shard: int) -> list[str]:
         found = []
         recorded = manifest.shards[shard].files
-        names = {kind: info.file_name(kind, shard) for kind in info.arrays(shard)}
-        for name in names.values():
-            expected = recorded.get(name, "none")
+        for name in names(shard).values():
             try:
                 with open(directory / name, "rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != recorded.get(name):
                         found.append(f"{name} has another SHA-256 than its manifest says.")
             except OSError as error:
                 found.append(f"{name} cannot be read: {error.strerror}.")
-        if found:
-            return found
+        return found
+
+    def outside(shard: int) -> list[str]:
+        found = []
         for kind, size in info.vocabularies.items():
-            if (highest := np.load(directory / names[kind]).max()) >= size:
+            name = names(shard)[kind]
+            if (highest := np.load(directory / name).max()) >= size:
                 what = "codebook" if kind == "codes" else "vocabulary"
-                found.append(f"{names[kind]} has the code {highest} of a {what} of {size}.")
+                found.append(f"{name} has the code {highest} of a {what} of {size}.")
         return found
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [line for lines in pool.map(check, range(info.num_shards)) for line in lines]
+        faults = pool.map(altered, range(info.num_shards))
+        # Arrays are loaded by this thread alone: NumPy parses their headers with `ast`, which
+        # Python 3.11 does not let two threads do at once.
+        return [line for shard, found in enumerate(faults) for line in found or outside(shard)]
 
 
 def check_codes(

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqgan_jax.models.transformer import Transformer, cast_kernels
 from vqgan_jax.sampling.filters import Filters, draw
@@ -47,6 +48,12 @@ def num_steps(height: int, width: int, lag: int) -> int:
             those of the grid for row by row.
     """
     return width + lag * (height - 1)
+
+
+def steps_of_codes(height: int, width: int, lag: int) -> np.ndarray:
+    """In which step each code of a grid is drawn, `(height, width)`; `num_steps` is one more."""
+    rows, columns = np.indices((height, width))
+    return lag * rows + columns
 
 
 def sample_steps(
