@@ -165,7 +165,7 @@ def probed(models, tmp_path_factory):
     output = tmp_path_factory.mktemp("probe")
     data = Data(batch_size=8)
     results = probe(str(models / "transformer"), output / "all", data=data)
-    options = Finetuning(epochs=4, batch_size=8, learning_rate=3e-3)
+    options = Finetuning(epochs=15, batch_size=8, learning_rate=3e-3)
     finetuned = probe(
         str(models / "transformer"), output / "two", "2", data=data, finetuning=options
     )

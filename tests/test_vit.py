@@ -357,13 +357,18 @@ def test_recipe_of_the_paper():
     assert not config.discriminator.adaptive_weight
 
 
-def test_start_of_a_normalized_codebook_is_normal():
+def test_start_of_a_normalized_codebook():
+    """Of length 1, and in all directions alike, as normal vectors are."""
     config = config_of_tiny_vit()
     config.model.quantizer.update(codebook_size=4096, l2_normalize=True)
     images = tiny.random_images(1, 16, 16, 3)
     variables = jax.jit(make_vqgan(config.model).init)(jax.random.key(0), images)
     codebook = np.asarray(variables["params"]["quantize"]["codebook"])
-    np.testing.assert_allclose([codebook.mean(), codebook.std()], [0, 1], atol=0.02)
+    np.testing.assert_allclose(np.linalg.norm(codebook, axis=1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(codebook.mean(axis=0), 0.0, atol=0.05)
+    np.testing.assert_allclose(
+        codebook.T @ codebook / 4096, np.eye(codebook.shape[1]) / codebook.shape[1], atol=0.02
+    )
 
 
 def test_configs_stored_before_there_were_vision_transformers():

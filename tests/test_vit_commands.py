@@ -76,7 +76,8 @@ def test_codes_on_disk_are_those_of_the_tokenizer(run, codes):
         assert (stored.reshape(11, 16) == row).sum(axis=1).max() >= 15
 
 
-def test_transformer_of_its_codes_and_samples(run, codes, tmp_path):
+def test_transformer_of_its_codes_and_samples(run, codes, tmp_path, monkeypatch):
+    monkeypatch.setenv(*stage2.inputs_environment(tmp_path).popitem())
     config = stage2.tiny_config(
         tokenizer={"path": str(run)},
         data={"codes": str(codes)},

@@ -18,8 +18,8 @@ class NearestQuantizer(nn.Module):
     """The nearest code by Euclidean distance, argmin_k |z - e_k| ("Taming Transformers", eq. 2).
 
     With `l2_normalize`, latents and codes are compared and handed on at unit length, so that the
-    distance is the cosine's; the codebook then starts normal, and else uniform (Yu et al. 2022,
-    "Vector-quantized Image Modeling with Improved VQGAN", 3.2).
+    distance is the cosine's; the codebook then starts normal, at that length, and else uniform (Yu
+    et al. 2022, "Vector-quantized Image Modeling with Improved VQGAN", 3.2).
     With `kmeans_init`, the codebook starts at the k-means centres of the latents that `init` sees.
     `gradient` names the way of gradients past the step: "straight_through" or "rotation".
     """
@@ -53,8 +53,8 @@ class NearestQuantizer(nn.Module):
         if self.kmeans_init:
             points = latents.reshape(-1, self.code_dim)
             return self._compared(kmeans(key, points, self.codebook_size))
-        if self.l2_normalize:  # rows near 0, as the uniform ones, would turn around at every step
-            return jax.random.normal(key, shape)
+        if self.l2_normalize:  # of length 1: an update of Adam turns longer ones by less
+            return l2_normalize(jax.random.normal(key, shape))
         return uniform_codebook(key, shape)
 
     def _codebook(self, latents):
