@@ -13,6 +13,7 @@ VARIANTS = ("", "quantizer=fsq", "quantizer=lfq", "quantizer=residual", "quantiz
 QUANTIZERS = {
     "plain": dict(kind="nearest", code_dim=256),
     "normalized": dict(kind="nearest", code_dim=32, l2_normalize=True),
+    "entropy": dict(kind="nearest", code_dim=32, l2_normalize=True),  # with the entropy loss
     "rotation": dict(kind="nearest", code_dim=32, gradient="rotation"),
     "ema": dict(
         kind="ema",
@@ -52,7 +53,7 @@ def get_config(arg: str = ""):
 
     config.loss.legacy_codebook = False
     config.loss.perceptual_network.backbone = "alexnet"  # 18 times cheaper than VGG16 on a CPU
-    if argument.quantizer == "lfq":
+    if argument.quantizer in ("entropy", "lfq"):
         config.loss.entropy = 0.1
     config.discriminator.channels = 32
     config.discriminator.num_layers = 2

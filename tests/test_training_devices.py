@@ -48,12 +48,6 @@ def gumbel_and_group_norm():
     return config
 
 
-@pytest.fixture
-def interrupted(reference_run_in_float64, tmp_path):
-    """The reference run as it was after the checkpoint of step 4, in the adversarial game."""
-    return runs.copy_until(reference_run_in_float64, tmp_path / "run", 4)
-
-
 def assert_close_statistics(workdir, reference, step):
     """BatchNorm's statistics and the EMA codebook, which each device sees only a part of."""
     ours, theirs = runs.state(workdir, step), runs.state(reference, step)
@@ -79,51 +73,43 @@ def test_eight_devices_with_batch_norm(float64, reference_run_in_float64, tmp_pa
     assert len(assert_close_statistics(tmp_path, reference_run_in_float64, LAST)) == 2
 
 
-def test_two_processes_of_four_devices(reference_run_in_float64, tmp_path):
-    for process in runs.start_several(2, tmp_path, devices=4, dtype="float64"):
-        code, _, errors = runs.finish(process)
-        assert code == 0, errors
-    runs.assert_close_metrics(tmp_path, reference_run_in_float64)
-    assert len(assert_close_statistics(tmp_path, reference_run_in_float64, LAST)) == 2
-
-
-def test_several_devices_go_on(reference_run_in_float64, interrupted):
-    output, _ = runs.run(interrupted, devices=4, dtype="float64")
-    assert "Going on from step 4 " in output
-    runs.assert_close_metrics(interrupted, reference_run_in_float64)
-
-
-def test_several_processes_go_on_and_stop_together(reference_run_in_float64, interrupted):
-    processes = runs.start_several(2, interrupted, devices=2, dtype="float64")
-    runs.wait_for_step(processes[0], interrupted, 6)
-    processes[1].send_signal(signal.SIGTERM)  # one of them is told; both stop, at the same step
+def test_two_processes_stop_together_and_go_on(reference_run_in_float64, tmp_path):
+    """Of four devices each; one of them is told to stop, and both do, at the same step."""
+    workdir = tmp_path / "run"
+    processes = runs.start_several(2, workdir, devices=4, dtype="float64")
+    runs.wait_for_step(processes[0], workdir, 6)
+    processes[1].send_signal(signal.SIGTERM)
     for process in processes:
         code, _, errors = runs.finish(process)
         assert code == 75, errors
-    assert 6 <= runs.steps(interrupted)[-1] < LAST
-    for process in runs.start_several(2, interrupted, devices=2, dtype="float64"):
-        code, _, errors = runs.finish(process)
+    assert 6 <= runs.steps(workdir)[-1] < LAST
+    for process in runs.start_several(2, workdir, devices=4, dtype="float64"):
+        code, output, errors = runs.finish(process)
         assert code == 0, errors
-    runs.assert_close_metrics(interrupted, reference_run_in_float64)
+    runs.assert_close_metrics(workdir, reference_run_in_float64)
+    assert len(assert_close_statistics(workdir, reference_run_in_float64, LAST)) == 2
 
 
-@pytest.mark.parametrize(
-    ("mesh", "axis"), [({"data": 1, "fsdp": 8}, "fsdp"), ({"data": 4, "tensor": 2}, "tensor")]
-)
-def test_split_parameters(float64, reference_run_in_float64, interrupted, mesh, axis):
-    """A run goes on with kernels and their moments split over an axis of the mesh."""
+def test_split_parameters(float64, reference_run_in_float64, tmp_path, capsys):
+    """A run of one device goes on with kernels and their moments split over axes of a mesh."""
+    workdir = runs.copy_until(reference_run_in_float64, tmp_path / "run", 4)
     config = get_config("float64")
-    config.mesh.update(mesh)
-    config.sharding_rules = ((r"(conv\w*|norm)\d*/kernel$", (axis,)),)
-    train(config, interrupted, jax.devices())
-    runs.assert_close_metrics(interrupted, reference_run_in_float64)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    config.sharding_rules = (
+        (r"encoder.*(conv\w*|norm)\d*/kernel$", ("fsdp",)),
+        (r"(conv\w*|norm)\d*/kernel$", ("tensor",)),
+    )
+    train(config, workdir, jax.devices())
+    assert "Going on from step 4 " in capsys.readouterr().out
+    runs.assert_close_metrics(workdir, reference_run_in_float64)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        path = interrupted / "checkpoints" / str(LAST) / "state"
+        path = workdir / "checkpoints" / str(LAST) / "state"
         stored = checkpointer.metadata(path).item_metadata.tree
     adam = stored["generator"]["opt_state"][0]
     for tree in (stored["generator"]["params"], adam["mu"], adam["nu"]):
-        kernel = tree["decoder"]["conv_in"]["kernel"]
-        assert tuple(kernel.sharding.partition_spec) == (None, None, None, axis)
+        for network, axis in (("encoder", "fsdp"), ("decoder", "tensor")):
+            kernel = tree[network]["conv_in"]["kernel"]
+            assert tuple(kernel.sharding.partition_spec) == (None, None, None, axis)
 
 
 def test_accumulated_gradients(float64, run_inputs, tmp_path):

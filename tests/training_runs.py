@@ -64,8 +64,10 @@ def start(workdir, *arguments, devices=1, process=None, dtype="float32", config=
 
     `process` is (index, count, port) for one of several processes of a run.
     """
+    # As in `conftest.py`; products in float64 are slow where nothing is optimised.
+    unoptimised = " --xla_backend_optimization_level=0" if dtype != "float64" else ""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}{unoptimised}",
         "PYTHONPATH": str(ROOT),
         "JAX_ENABLE_X64": str(int(dtype == "float64")),
     }
