@@ -85,10 +85,10 @@ def test_images_of_a_logit_laplace_distribution():
     exact = np.concatenate([np.log(x / (1 - x)), output[..., 3:]], axis=-1)
     np.testing.assert_allclose(to_images(exact.astype(np.float32)), images, atol=1e-6)
     sigmoid = 1 / (1 + np.exp(-3 * output[..., :3]))
-    expected = np.clip((sigmoid - 0.1) / 0.8, 0, 1) * 2 - 1
+    expected = (sigmoid - 0.1) / 0.8 * 2 - 1
     found = to_images((3 * output).astype(np.float32))
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert found.min() == -1.0 and found.max() == 1.0
+    assert found.min() < -1.1 and found.max() > 1.1  # not clipped: gradients go on
 
 
 def test_generator_gradients_of_the_losses_of_vit_vqgan():
@@ -116,7 +116,7 @@ def test_generator_gradients_of_the_losses_of_vit_vqgan():
             {"params": params}, images, train=True, method="predict"
         )
         mu, log_b = output[..., :3], output[..., 3:]
-        made = jnp.clip((jax.nn.sigmoid(mu) - 0.1) / 0.8, 0, 1) * 2 - 1
+        made = (jax.nn.sigmoid(mu) - 0.1) / 0.8 * 2 - 1
         x = 0.4 * images + 0.5
         distance = jnp.abs(jnp.log(x) - jnp.log(1 - x) - mu) / jnp.exp(log_b)
         z, e = quantized.latents, quantized.vectors

@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
     model.vit.patch = 8
     model.vit.encoder.update(layers=1, heads=2, width=16)
     model.vit.decoder.update(layers=2, heads=3, width=24)
-    model.quantizer.update(codebook_size=16, code_dim=8, l2_normalize=True)
+    model.quantizer.update(codebook_size=16, code_dim=8, l2_normalize=True, kmeans_init=True)
     config.loss.update(l1=0.0, l2=1.0, perceptual=0.1, logit_laplace=0.1, legacy_codebook=False)
     config.loss.perceptual_network.backbone = "alexnet"
     config.loss.perceptual_network.path = os.environ["VQGAN_JAX_TEST_WEIGHTS"]

@@ -213,7 +213,7 @@ class Tokenizer:
         return jax.jit(decode, compiler_options=compile_options())
 
 
-def load(path: str | os.PathLike):
+def load(path: str | os.PathLike, tokenizer: str | os.PathLike = ""):
     """What was trained at `path`: a `Tokenizer`, or a `Generator` with its tokenizer.
 
     Of a run directory the newest checkpoint is taken, and the moving average of the parameters
@@ -221,12 +221,16 @@ def load(path: str | os.PathLike):
 
     Args:
         path: a run directory, a checkpoint or an export.
+        tokenizer: of a transformer, one of the same codes that shall make images of them, such as
+            one with a larger decoder; empty for the one that it was trained with.
 
     Raises:
-        CheckpointError: there is none at `path`, or it is damaged.
+        CheckpointError: there is none at `path`, or it is damaged; `tokenizer` has other codes.
     """
     config, variables, _ = read_variables(path)
     if config.stage == "tokenizer":
+        if tokenizer:
+            raise CheckpointError(f"{path} is a tokenizer itself; it takes no other one.")
         return _tokenizer(path, config, variables)
     from vqgan_jax.generation import Generator
 
@@ -235,8 +239,16 @@ def load(path: str | os.PathLike):
         for name in config.condition.kinds
         if name in config.condition.images
     }
-    tokenizer = load_tokenizer(tokenizer_path(path))
-    return Generator(config, variables["params"], tokenizer, of_conditions)
+    own = load_tokenizer(tokenizer_path(path))
+    if tokenizer:
+        other = load_tokenizer(tokenizer)
+        if other.fingerprint != own.fingerprint:
+            raise CheckpointError(
+                f"{tokenizer} gives other codes than the tokenizer of {path}; it must be that one "
+                "or one that was trained from it with its encoder and quantizer frozen."
+            )
+        own = other
+    return Generator(config, variables["params"], own, of_conditions)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:

@@ -103,6 +103,8 @@ def probe(
         raise DataError(
             "--finetune needs a transformer and the --block behind which it ends, from 1 on."
         )
+    if finetuning is not None and data.images:
+        raise DataError("--finetune trains on the whole split; leave out --images.")
     class_names = open_data(model.config, data)
 
     if isinstance(loaded, Generator) and loaded.config.condition.kinds:
@@ -129,6 +131,7 @@ def probe(
         depth = [(of_blocks[name], value) for name, value in found.items() if name in of_blocks]
         title = f"Linear classification of {model.config.data.name}, {len(class_names)} classes"
         depth_chart(title, depth, levels).save(output / CHART)
+    write_results(output, results)
     if finetuning is not None:
         steps = max(1, round(finetuning.epochs * results["train_images"] / finetuning.batch_size))
         schedule = Schedule(
@@ -144,9 +147,14 @@ def probe(
         write_classifier(
             output / FINETUNED, checkpoint, loaded, best[0], linear, class_names, params
         )
-    (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+        write_results(output, results)
     print(f"Wrote {output}.")
     return results
+
+
+def write_results(output: pathlib.Path, results: dict) -> None:
+    """`probe.json`, as far as it is known."""
+    (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
 
 
 def chosen_names(checkpoint: str, model, block: str) -> Sequence[str]:

@@ -200,6 +200,10 @@ def accept(rejection: Rejection, output: pathlib.Path) -> dict[str, np.ndarray]:
             content, path = drawn[place].read_bytes(), path_of(output, index)
             if not (path.exists() and path.read_bytes() == content):
                 write_atomically(path, content)
+        index = len(chosen)  # of more samples, accepted before
+        while (stale := path_of(output, index)).exists():
+            stale.unlink()
+            index += 1
         summary = {
             "accepted": rejection.numbers[chosen].tolist(),
             "candidates": rejection.numbers.tolist(),

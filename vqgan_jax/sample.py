@@ -80,6 +80,7 @@ def sample(
     animate: bool = False,
     classifier: str = "",
     acceptance: float | None = None,
+    tokenizer: str = "",
     **options,
 ) -> None:
     """Draws what is missing of `num_samples` images and writes them to `output`.
@@ -103,6 +104,7 @@ def sample(
             `rejection.Rejection`. Empty for none.
         acceptance: the share of samples that it accepts, so that `num_samples` are left; None for
             `ACCEPTANCE`.
+        tokenizer: that makes images of codes, as of `vqgan_jax.load`; empty for the model's own.
         **options: of `Generator.settings`; None as the model's config says.
 
     Raises:
@@ -119,7 +121,7 @@ def sample(
         raise DataError(f"--format is {','.join(formats)}; it takes {', '.join(FORMATS)}.")
     if num_samples < 1 or (batch_size is not None and batch_size < 1):
         raise DataError("--num_samples and --batch_size must be at least 1.")
-    generator = load(checkpoint)
+    generator = load(checkpoint, tokenizer)
     if not isinstance(generator, Generator):
         raise CheckpointError(f"{checkpoint} is a tokenizer; sample needs a transformer.")
     condition = generator.config.condition
@@ -282,6 +284,7 @@ def main() -> None:
         flags.FLAGS["animate"].value,
         flags.FLAGS["classifier"].value,
         flags.FLAGS["acceptance"].value,
+        flags.FLAGS["tokenizer"].value,
         **values,
     )
 
@@ -310,6 +313,9 @@ OPTIONS = ("temperature", "top_k", "top_p", "guidance_scale", "guidance_schedule
 
 def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "A transformer's run directory, checkpoint or export.")
+    flags.DEFINE_string(
+        "tokenizer", "", "Another tokenizer of the same codes, as one with a larger decoder."
+    )
     flags.DEFINE_string("output", None, "A new directory, or one that was begun.")
     flags.DEFINE_integer("num_samples", 64, "How many images there shall be.")
     flags.DEFINE_list("class", [], "Their classes in turn, by name or number; all by default.")

@@ -12,6 +12,7 @@ WITH_UNIT_LENGTH = ("nearest", "ema", "simvq", "product")
 WITH_KMEANS = ("nearest", "ema", "residual", "product")
 WITH_ROTATION = ("nearest", "ema", "simvq", "residual", "product")
 WITH_DEPTH = ("residual", "product")
+MOST_CODES = 2**24  # a codebook's counts are held in memory
 WITH_ENTROPY = ("nearest", "simvq", "lfq")
 
 
@@ -43,7 +44,13 @@ def validate_quantizer(config: ConfigDict) -> None:
     positive(config, *(f"model.quantizer.{key}" for key in ("codebook_size", "code_dim", "depth")))
     positive(config, "loss.entropy_temperature", "loss.entropy_bits")
 
+    require(
+        size <= MOST_CODES,
+        f"config.model.quantizer.codebook_size is {size}; at most {MOST_CODES} codes are counted.",
+    )
+    require(loss.entropy >= 0, f"config.loss.entropy is {loss.entropy}; it must not be negative.")
     for used, path, kinds in (
+        (quantizer.restart_below > 0, "restart_below", ("ema",)),
         (quantizer.l2_normalize and kind != "gumbel", "l2_normalize", WITH_UNIT_LENGTH),
         (quantizer.kmeans_init and kind != "gumbel", "kmeans_init", WITH_KMEANS),
         (quantizer.gradient == "rotation", 'gradient="rotation"', WITH_ROTATION),
@@ -64,6 +71,11 @@ def validate_quantizer(config: ConfigDict) -> None:
     if kind == "fsq":
         _validate_levels(quantizer)
     if kind == "lfq":
+        require(
+            loss.entropy > 0,
+            "LFQ keeps its codes in use by the entropy loss alone: set config.loss.entropy, as to "
+            "0.1.",
+        )
         require(
             size == 2**dim,
             f"LFQ needs codebook_size = 2^code_dim: config.model.quantizer.codebook_size is "

@@ -122,6 +122,10 @@ def validate_tokenizer(config: ConfigDict) -> None:
     sizes = ("channels", "base_channels", "max_channels", "group_size", "r1_interval")
     positive(config, *(f"discriminator.{name}" for name in sizes))
     positive(config, "model.resolution")
+    require(
+        config.discriminator.r1 >= 0,
+        f"config.discriminator.r1 is {config.discriminator.r1}; it must not be negative.",
+    )
     training = config.training
     for part in training.freeze:
         require(
@@ -164,6 +168,8 @@ def validate_tokenizer(config: ConfigDict) -> None:
         f"config.model.resolution is {model.resolution}; the stylegan discriminator needs at least "
         "4.",
     )
+    if config.discriminator.enabled and config.discriminator.kind == "stylegan":
+        _validate_halving(model.resolution)
     require(
         config.loss.binary_cross_entropy > 0 or config.data.num_labels == 0,
         "config.data.num_labels makes a label-map tokenizer, whose loss is "
@@ -174,6 +180,19 @@ def validate_tokenizer(config: ConfigDict) -> None:
         model.in_channels == channels == model.out_channels,
         f"config.model.in_channels and out_channels are {model.in_channels} and "
         f"{model.out_channels}, and the data has {channels} channels.",
+    )
+
+
+def _validate_halving(resolution: int) -> None:
+    """StyleGAN2's discriminator halves an image while that is whole, and then has a dense layer."""
+    side = resolution
+    while side % 2 == 0 and side > 16:
+        side //= 2
+    require(
+        side <= 16,
+        f"config.model.resolution is {resolution}, of which the stylegan discriminator makes "
+        f"{side} x {side} by halving, too many for its dense layer; take a multiple of a power of "
+        "two, as 256.",
     )
 
 
@@ -189,6 +208,11 @@ def _validate_convolutional(config: ConfigDict) -> None:
 
 
 def _validate_vision_transformers(config: ConfigDict) -> None:
+    require(
+        config.model.norm == "group",
+        "config.model.norm is for the convolutional architecture; vision transformers have layer "
+        "norms.",
+    )
     positive(config, "model.vit.patch", "model.vit.unroll")
     for name in ("encoder", "decoder"):
         network, path = config.model.vit[name], f"model.vit.{name}"

@@ -1,9 +1,9 @@
 """The entropy loss E[H(p(k|z))] - H(E[p(k|z)]): sure of each latent, and all codes in use.
 
-p(k|z) = softmax_k(-|z - e_k|^2 / T); means are over all latents of the global batch, entropies in
-nats. Jansen et al. 2019, "Coincidence, Categorization, and Consolidation"; for image tokenizers
-Chang et al. 2022, "MaskGIT" (its program), and Yu et al. 2023, "Language Model Beats Diffusion:
-Tokenizer is Key to Visual Generation".
+p(k|z) = softmax_k(-|z - e_k|^2 / T); means are over all latents of the global batch, or, where
+gradients are accumulated, of each part of it; entropies in nats. Jansen et al. 2019, "Coincidence,
+Categorization, and Consolidation"; for image tokenizers Chang et al. 2022, "MaskGIT" (its program),
+and Yu et al. 2023, "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation".
 """
 
 import jax

@@ -59,7 +59,9 @@ def fit_classifiers(features: np.ndarray, labels: np.ndarray, num_classes: int) 
 
 
 @functools.partial(jax.jit, static_argnames="num_classes")
+@jax.default_matmul_precision("float32")  # the search along a line ends in coarser rounding
 def _fit_all(features, labels, mask, num_classes):
+    # One after the other: side by side, each would have a copy of the features.
     def fit(features):
         features, mean, scale = standardised(features, mask)
         last = jnp.arange(len(labels)) % HOLD_OUT == HOLD_OUT - 1
@@ -70,13 +72,13 @@ def _fit_all(features, labels, mask, num_classes):
             return accuracy(linear, features, labels, mask * last)
 
         # Of equally good ones the largest, which is the last.
-        best = len(DECAYS) - 1 - jnp.argmax(jax.vmap(judged)(decays)[::-1])
+        best = len(DECAYS) - 1 - jnp.argmax(jax.lax.map(judged, decays)[::-1])
         linear = minimise(features, labels, mask, decays[best], num_classes)
         right = accuracy(linear, features, labels, mask)
         kernel = linear.kernel / scale[:, None]
         return Fitted(Linear(kernel, linear.bias - mean @ kernel), decays[best], right)
 
-    return jax.vmap(fit)(features)
+    return jax.lax.map(fit, features)
 
 
 def standardised(features: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

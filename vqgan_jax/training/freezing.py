@@ -2,7 +2,7 @@
 
 With encoder and quantizer frozen, codes stay what they are, and a larger decoder can learn to make
 better images of them: so "Scaling Autoregressive Models for Content-Rich Text-to-Image Generation"
-(Yu et al. 2022) has it, and every transformer over these codes gains by it.
+(Yu et al. 2022) has it. A transformer over these codes draws with it by `sample --tokenizer`.
 """
 
 from collections.abc import Mapping
