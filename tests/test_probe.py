@@ -151,7 +151,7 @@ def test_no_condition_is_known(generator):
 
 def test_groups_fit_into_memory():
     sizes = {"pixels": 50, "block 0": 16, "block 1": 16, "block 2": 16}
-    assert grouped(sizes, 1000) == [("pixels",), ("block 0", "block 1", "block 2")]
+    assert grouped(sizes, 1000) == [("pixels", "block 0", "block 1", "block 2")]
     assert grouped(sizes, 32) == [("pixels",), ("block 0", "block 1"), ("block 2",)]
     assert len(grouped(sizes, 1)) == 4
 

@@ -234,8 +234,8 @@ def fit_all(model, names: Sequence[str], data: Data, num_classes: int, memory: f
 
     rows, best = [], None
     sizes = widths(model, names)
-    groups = grouped(sizes, memory * 2**30 / (4 * num_images(model.config, data)))
-    for number, group in enumerate(groups):
+    passes = grouped(sizes, memory * 2**30 / (4 * num_images(model.config, data)))
+    for number, group in enumerate(passes):
         function = functools.partial(model.features, group)
         splits = [
             extract(function, model.variables, model.config, split, data.batch_size, data.images)
@@ -248,23 +248,25 @@ def fit_all(model, names: Sequence[str], data: Data, num_classes: int, memory: f
                 f"{data.train_split}, of {len(np.unique(labels))} classes, and "
                 f"{len(held_out_labels)} in {data.validation_split}: too few to tell classes apart."
             )
-        fitted = fit_classifiers(np.stack([train.pop(name) for name in group]), labels, num_classes)
-        fitted = jax.device_get(fitted)
-        for i, name in enumerate(group):
-            linear = Linear(fitted.linear.kernel[i], fitted.linear.bias[i])
-            right = np.mean(np.argmax(linear(held_out[name]), axis=-1) == held_out_labels)
-            row = {
-                "features": name,
-                "width": sizes[name],
-                "decay": float(fitted.decay[i]),
-                "train_accuracy": float(fitted.accuracy[i]),
-                "accuracy": float(right),
-            }
-            rows.append(row)
-            if best is None or row["accuracy"] > best[0]:
-                best = row["accuracy"], name, linear
-        if len(groups) > 1:
-            print(f"{number + 1} of {len(groups)} passes over the images.", flush=True)
+        for width in sorted({sizes[name] for name in group}):
+            alike = [name for name in group if sizes[name] == width]
+            together = np.stack([train.pop(name) for name in alike])
+            fitted = jax.device_get(fit_classifiers(together, labels, num_classes))
+            for i, name in enumerate(alike):
+                linear = Linear(fitted.linear.kernel[i], fitted.linear.bias[i])
+                right = np.mean(np.argmax(linear(held_out[name]), axis=-1) == held_out_labels)
+                row = {
+                    "features": name,
+                    "width": width,
+                    "decay": float(fitted.decay[i]),
+                    "train_accuracy": float(fitted.accuracy[i]),
+                    "accuracy": float(right),
+                }
+                rows.append(row)
+                if best is None or row["accuracy"] > best[0]:
+                    best = row["accuracy"], name, linear
+        if len(passes) > 1:
+            print(f"{number + 1} of {len(passes)} passes over the images.", flush=True)
     commonest = np.bincount(labels).argmax()
     results = {
         "train_images": len(labels),
@@ -294,13 +296,11 @@ def num_images(config, data: Data) -> int:
 
 
 def grouped(sizes: dict[str, int], values: float) -> list[tuple[str, ...]]:
-    """Features of one width together, while an image has no more than so many values of them."""
+    """Features in turn, as many together as have no more than so many values an image."""
     groups = []
     for name, size in sizes.items():
-        for group in groups:
-            if sizes[group[0]] == size and (len(group) + 1) * size <= values:
-                group.append(name)
-                break
+        if groups and sum(sizes[other] for other in groups[-1]) + size <= values:
+            groups[-1].append(name)
         else:
             groups.append([name])
     return [tuple(group) for group in groups]
