@@ -189,3 +189,28 @@ def test_the_fingerprint_sees_what_is_frozen(base):
         params[name] = jax.tree.map(lambda leaf: leaf + 1e-3, params[name])
         other = Tokenizer(tokenizer.config, tokenizer.variables | {"params": params})
         assert (other.fingerprint == tokenizer.fingerprint) == (name == "decoder")
+
+
+def test_a_transformer_draws_with_another_decoder(tmp_path):
+    small.write_models(tmp_path)
+    own = vqgan_jax.load(tmp_path / "tokenizer")
+
+    def write(name):
+        params = dict(own.variables["params"])
+        params[name] = jax.tree.map(lambda leaf: 1.5 * leaf, params[name])
+        write_export(tmp_path / name, own.config, own.variables | {"params": params})
+        return tmp_path / name
+
+    before = vqgan_jax.load(tmp_path / "transformer")
+    after = vqgan_jax.load(tmp_path / "transformer", tokenizer=write("decoder"))
+    codes = before.sample_codes(0, 4)
+    np.testing.assert_array_equal(after.sample_codes(0, 4), codes)
+    shown = (np.asarray(after.tokenizer.decode(codes.reshape(4, 4, 4))) + 1) * 127.5
+    drawn = after.sample(0, 4).astype(np.float32)
+    np.testing.assert_allclose(drawn, shown, atol=1.0)
+    assert np.abs(drawn - before.sample(0, 4)).max() > 10
+    assert after.fingerprint != before.fingerprint
+    with pytest.raises(CheckpointError, match="gives other codes than the tokenizer of"):
+        vqgan_jax.load(tmp_path / "transformer", tokenizer=write("encoder"))
+    with pytest.raises(CheckpointError, match="is a tokenizer itself"):
+        vqgan_jax.load(tmp_path / "tokenizer", tokenizer=tmp_path / "decoder")

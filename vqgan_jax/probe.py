@@ -350,7 +350,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer("images", 0, "At most so many of each split; 0 for all.")
     flags.DEFINE_integer("batch_size", 64, "Images at once.")
     flags.DEFINE_string("data_dir", "", "Where data sets are.")
-    flags.DEFINE_float("memory", 4.0, "GiB that features may take at once.", lower_bound=0.0)
+    flags.DEFINE_float(
+        "memory", 4.0, "GiB of features of one pass; fitting needs more.", lower_bound=0.0
+    )
     flags.DEFINE_bool("finetune", False, "Train the transformer up to --block further.")
     flags.DEFINE_integer("epochs", 10, "Of --finetune.", lower_bound=1)
     flags.DEFINE_integer("finetune_batch_size", 32, "Images an update.", lower_bound=1)
