@@ -143,4 +143,5 @@ def test_eight_devices_have_the_statistics_of_the_whole_batch(float64, kind):
     unweighted = terms["raw/quantization"] + 0.5 * terms["raw/entropy"]
     assert single[0][0] == pytest.approx(float(unweighted), rel=1e-12)
     parts = [float(run(latents[i : i + 2], params)[0][1]["raw/entropy"]) for i in range(0, 16, 2)]
-    assert abs(np.mean(parts) - float(terms["raw/entropy"])) > 1e-3  # which parts do not have
+    whole = float(terms["raw/entropy"])
+    assert abs(np.mean(parts) - whole) > 0.05 * abs(whole)  # which parts do not have

@@ -51,6 +51,9 @@ COUNT, SIDE = 6, 32
         (dict(kind="fsq"), "FSQ needs whole numbers above 1"),
         (dict(kind="fsq", levels=(1024, 1), code_dim=2), "FSQ needs whole numbers above 1"),
         (dict(kind="lfq", code_dim=9), "LFQ needs codebook_size = 2^code_dim"),
+        (dict(kind="lfq", code_dim=10), "set config.loss.entropy"),
+        (dict(kind="lfq", codebook_size=2**40, code_dim=40), "at most 16777216 codes are counted"),
+        (dict(restart_below=0.2), "restart_below is for ema"),
         (dict(kind="lfq", code_dim=10, gradient="rotation"), "nearest, ema, simvq, residual, prod"),
         (dict(kind="residual"), "depth above 1; with one code a position it is nearest"),
         (dict(kind="residual", depth=2, l2_normalize=True), "l2_normalize is for nearest, ema"),
@@ -96,6 +99,7 @@ def test_entropy_is_for_quantizers_with_one_codebook():
 def test_right_combinations_come_back_from_json(changes):
     config = tokenizer_config()
     config.model.quantizer.update(changes)
+    config.loss.entropy = 0.1 if changes["kind"] == "lfq" else 0.0
     validate(config)
     assert from_json(to_json(config)).to_dict() == config.to_dict()
 

@@ -172,6 +172,7 @@ def test_memory_of_attention_grows_with_the_grid_and_not_its_square():
 def test_memory_does_not_grow_with_the_image(monkeypatch):
     """Only what is kept whole does: the lowest level, at a quarter of the image's height."""
     monkeypatch.setattr(layers, "BLOCK_LOGITS", 2**20)
+    monkeypatch.setattr(layers, "BLOCK_QUERIES", 1)
     module = tokenizer((1, 1, 1))
     variables = jax.eval_shape(lambda: random_variables(module))
 

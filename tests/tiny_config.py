@@ -13,18 +13,17 @@ def get_config(arg: str = ""):
     config = tokenizer_config()
     config.model.dtype = arg or "float32"
     config.model.resolution = 32
-    config.model.channels = 8  # few: convolutions in float64 have no fast path on a CPU
-    config.model.num_groups = 4
+    config.model.channels = 32
     config.model.channel_multipliers = (1, 1)
     config.model.num_res_blocks = 0  # the decoder has one a level
     config.model.attention_resolutions = ()
-    config.model.latent_channels = 8
+    config.model.latent_channels = 32
     config.model.quantizer.codebook_size = 16  # few: rounding decides ties, and few codes have few
     config.model.quantizer.code_dim = 8
     config.loss.perceptual_network.backbone = "alexnet"
     config.loss.perceptual_network.path = os.environ["VQGAN_JAX_TEST_WEIGHTS"]
     config.loss.perceptual_network.sha256 = os.environ["VQGAN_JAX_TEST_SHA256"]
-    config.discriminator.channels = 8
+    config.discriminator.channels = 16
     config.discriminator.num_layers = 1
     config.discriminator.start = 2
     config.data.name = "folder:" + os.environ["VQGAN_JAX_TEST_IMAGES"]
@@ -36,4 +35,7 @@ def get_config(arg: str = ""):
     config.training.checkpoint_every = 2
     config.training.keep_latest = 20
     config.training.grid_images = 4
+    if arg == "float64":  # in which convolutions have no fast path on a CPU
+        config.model.update(channels=8, num_groups=4, latent_channels=8)
+        config.discriminator.channels = 8
     return config

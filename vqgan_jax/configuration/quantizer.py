@@ -72,14 +72,14 @@ def validate_quantizer(config: ConfigDict) -> None:
         _validate_levels(quantizer)
     if kind == "lfq":
         require(
-            loss.entropy > 0,
-            "LFQ keeps its codes in use by the entropy loss alone: set config.loss.entropy, as to "
-            "0.1.",
-        )
-        require(
             size == 2**dim,
             f"LFQ needs codebook_size = 2^code_dim: config.model.quantizer.codebook_size is "
             f"{size}, and 2^{dim} is {2**dim}.",
+        )
+        require(
+            loss.entropy > 0,
+            "LFQ keeps its codes in use by the entropy loss alone: set config.loss.entropy, as to "
+            "0.1.",
         )
     if kind in WITH_DEPTH:
         require(
