@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 import absl.logging
@@ -101,6 +102,8 @@ def quiet_libraries() -> None:
     for name in ("absl", "orbax", "jax", "array_record"):
         logging.getLogger(name).setLevel(logging.WARNING)
     absl.logging.get_absl_handler().addFilter(lambda record: not _from_writer(record))
+    # What the writer had begun when it failed.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _unraisablehook
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
