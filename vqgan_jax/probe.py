@@ -186,7 +186,7 @@ def open_data(config, data: Data) -> Sequence[str]:
     Raises:
         DataError: there is no such data, or its images have no classes or one alone.
     """
-    from vqgan_jax.data.sources import open_source
+    from vqgan_jax.data.sources import source_of_tokenizer
 
     if data.images < 0 or data.batch_size < 1:
         raise DataError("--images must not be negative, and --batch_size must be at least 1.")
@@ -194,15 +194,7 @@ def open_data(config, data: Data) -> Sequence[str]:
     config.data.data_dir = data.data_dir or config.data.data_dir
     names = []
     for split in (data.train_split, data.validation_split):
-        source = open_source(
-            config.data.name,
-            split,
-            config.data.data_dir,
-            config.data.image_key,
-            config.model.resolution,
-            config.data.num_labels > 0,
-        )
-        names.append(source.class_names or ())
+        names.append(source_of_tokenizer(config, split).class_names or ())
     if not names[0]:
         raise DataError(f"The images of {config.data.name} have no classes to tell apart.")
     if len(names[0]) < 2:
@@ -279,18 +271,11 @@ def fit_all(model, names: Sequence[str], data: Data, num_classes: int, memory: f
 
 def num_images(config, data: Data) -> int:
     """Images of both splits together, at most."""
-    from vqgan_jax.data.sources import open_source
+    from vqgan_jax.data.sources import source_of_tokenizer
 
     def count(split):
-        source = open_source(
-            config.data.name,
-            split,
-            config.data.data_dir,
-            config.data.image_key,
-            config.model.resolution,
-            config.data.num_labels > 0,
-        )
-        return min(len(source), data.images or len(source))
+        length = len(source_of_tokenizer(config, split))
+        return min(length, data.images or length)
 
     return count(data.train_split) + count(data.validation_split)
 

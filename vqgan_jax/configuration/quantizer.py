@@ -12,8 +12,8 @@ WITH_UNIT_LENGTH = ("nearest", "ema", "simvq", "product")
 WITH_KMEANS = ("nearest", "ema", "residual", "product")
 WITH_ROTATION = ("nearest", "ema", "simvq", "residual", "product")
 WITH_DEPTH = ("residual", "product")
-MOST_CODES = 2**24  # a codebook's counts are held in memory
 WITH_ENTROPY = ("nearest", "simvq", "lfq")
+MOST_CODES = 2**24  # a codebook's counts are held in memory
 
 
 def quantizer_config() -> ConfigDict:

@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from ml_collections import ConfigDict
+
 
 class Feature(enum.Enum):
     """What can be read beside an image, and how it is called in messages."""
@@ -45,6 +47,13 @@ class ImageSource(Protocol):
 
     def describe(self, index: int, feature: str = "") -> str:
         """Where the image or another feature is, for messages: a path, or `name split[index]`."""
+
+
+def source_of_tokenizer(config: ConfigDict, split: str) -> ImageSource:
+    """A split of the images that a tokenizer's config names; errors as of `open_source`."""
+    data, label_map = config.data, config.data.num_labels > 0
+    resolution = config.model.resolution
+    return open_source(data.name, split, data.data_dir, data.image_key, resolution, label_map)
 
 
 def open_source(

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from vqgan_jax.data.images import prepare_images
 from vqgan_jax.data.pipeline import evaluation_batches, evaluation_images, training_batches
-from vqgan_jax.data.sources import open_source
+from vqgan_jax.data.sources import source_of_tokenizer
 from vqgan_jax.interop.lpips import check_lpips, load_lpips
 from vqgan_jax.training.compilation import compile_options, compile_players
 from vqgan_jax.training.evaluation import evaluate, evaluation_step
@@ -41,14 +41,7 @@ class TokenizerStage:
         self._micro_batch_size = training.batch_size // config.optimizer.accumulate
         self._rows = batch_sharding(mesh, self._micro_batch_size, "the micro-batch size")
         self._whole = replicated(mesh)
-        open_source(
-            config.data.name,
-            config.data.train_split,
-            config.data.data_dir,
-            config.data.image_key,
-            config.model.resolution,
-            label_map=config.data.num_labels > 0,
-        )
+        source_of_tokenizer(config, config.data.train_split)
         self._pictured = evaluation_images(config, training.grid_images)
 
         self._game = Game.from_config(config)
