@@ -238,6 +238,7 @@ def test_what_cannot_be_probed_is_told_in_one_line(models, probed, tmp_path):
         (transformer, "-1", Data(), None, "--block is -1"),
         (tokenizer, "1", Data(), None, "is a tokenizer, which has the features pixels"),
         (tokenizer, "all", Data(), Finetuning(), "--finetune needs a transformer"),
+        (transformer, "1", Data(images=5), Finetuning(), "--finetune trains on the whole split"),
         (
             transformer,
             "all",

@@ -93,5 +93,4 @@ def test_usage_of_each_quantizer():
     assert used["entropy, 8-d"] > 1.5 * used["plain, 8-d"]
     assert min(used[name] for name in ("ema, 256-d", "simvq", "fsq", "lfq")) > 0.8
     assert min(used[name] for name in ("residual", "product")) > 0.6
-    assert used["rotation, 256-d"] != used["plain, 256-d"]
     assert min(used[name] for name in ("rotation, 256-d", "gumbel")) > 0.05

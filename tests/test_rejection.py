@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,17 @@ def test_what_is_there_stays_and_what_is_missing_is_made(models, sampled, tmp_pa
     for path in tmp_path.glob("*.png"):
         path.rename(sampled / "candidates" / path.name)
     assert runs.fingerprint(sampled).keys() == before.keys() | {"samples.npz"}
+
+
+def test_fewer_samples_leave_none_that_were_accepted_before(models, sampled, tmp_path):
+    output = tmp_path / "output"
+    shutil.copytree(sampled, output)
+    draw(models, output, count=4)
+    kept = pictures(output)
+    assert sorted(kept) == [0, 1, 2, 3]
+    draw(models, tmp_path / "fresh", count=4)
+    for number, image in pictures(tmp_path / "fresh").items():
+        np.testing.assert_array_equal(kept[number], image)
 
 
 def test_arrays_alone(models, sampled, tmp_path):

@@ -260,3 +260,12 @@ def test_small_images_are_refused_in_one_line():
     config.discriminator.kind = "stylegan"
     with pytest.raises(ConfigError, match=r"config\.model\.resolution is 2; the stylegan"):
         validate(config)
+
+
+def test_sizes_that_do_not_halve_are_refused():
+    config = tokenizer_config()
+    config.discriminator.kind = "stylegan"
+    validate(config)
+    config.model.resolution = 272
+    with pytest.raises(ConfigError, match="is 272, of which .* makes 17 x 17 by halving"):
+        validate(config)

@@ -392,6 +392,7 @@ def test_sizes_of_networks_survive_json():
         ({"vit.encoder.heads": 3}, "config.model.vit.encoder.width 16 is not divisible by config"),
         ({"vit.decoder.layers": 0}, "config.model.vit.decoder.layers is 0; it must be positive"),
         ({"vit.patch": 0}, "config.model.vit.patch is 0"),
+        ({"norm": "layer"}, "config.model.norm is for the convolutional architecture"),
         ({"vit.patch": 5}, "config.model.resolution is 16, which the model's factor 5 does not"),
     ],
 )
