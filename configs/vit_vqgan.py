@@ -41,7 +41,7 @@ def get_config(arg: str = ""):
     model.architecture = "vit"
     model.resolution = 256
     model.logit_laplace = True
-    model.remat = True  # without it the blocks keep 46 GiB at 32 images a device of BB, in bfloat16
+    model.remat = True  # else each network of BB keeps 46 GiB for 32 images, in bfloat16
     model.vit.patch = 8
     model.vit.encoder.update(SIZES[argument.size[0]])
     model.vit.decoder.update(SIZES[argument.size[1]])
