@@ -1,9 +1,18 @@
-"""What all commands share: flags in, one call, errors as one line."""
+"""What all commands share: flags in, one call, errors as one line.
+
+Exit codes:
+
+    0   done.
+    1   bad input, or an error that the same command would run into again; one line says which.
+    75  stopped before the end: by SIGTERM or Ctrl-C with all saved, or because another process of
+        the run did not come or is gone. The same command goes on; a launcher starts it again.
+"""
 
 import logging
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -11,15 +20,22 @@ from collections.abc import Callable
 import absl.logging
 from absl import app, flags
 
+from vqgan_jax import distributed
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.data.errors import DataError
+from vqgan_jax.peers import LIVENESS_SECONDS, START_AGAIN, HostError
 
-# The exit code that asks a launcher to start the same command again (EX_TEMPFAIL).
-STOPPED = 75
+STARTED = time.time()  # of the process, but for what is imported above
+# For an error to turn out as the consequence of another process's end. What is not an error of
+# ours mostly is one, and the host may just have vanished.
+_LOSS_SECONDS, _LONG_LOSS_SECONDS = 1.0, LIVENESS_SECONDS + 10.0
+# In errors of JAX about the connections between processes, all of which are alive. Gloo, which
+# joins CPUs, waits 30 s for one that is still compiling.
+_CONNECTION_WORDS = ("Gloo", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command; bad input ends it with one line on stderr and exit code 1."""
+    """Runs a command; what goes wrong ends it with one line on stderr and an exit code of these."""
     quiet_libraries()
 
     def guarded(arguments):
@@ -32,13 +48,35 @@ def run(main: Callable[[], None]) -> None:
 
         try:
             main()
+            distributed.leave()
         except Preempted as stop:
             print(stop, file=sys.stderr)
-            sys.exit(STOPPED)
+            distributed.leave(START_AGAIN, str(stop))
+            sys.exit(START_AGAIN)
+        except HostError as error:
+            _print_error(str(error))
+            sys.stdout.flush()
+            distributed.leave(error.code, str(error))
+            os._exit(error.code)  # the usual end of a program would wait for the others
         except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
+            distributed.wait_for_loss(_LOSS_SECONDS)
             _fail(str(error))
         except OSError as error:
+            distributed.wait_for_loss(_LOSS_SECONDS)
             _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        except (Exception, KeyboardInterrupt) as error:
+            if distributed.is_alone():
+                raise
+            if not isinstance(error, KeyboardInterrupt):
+                distributed.wait_for_loss(_LONG_LOSS_SECONDS)
+            if any(word in str(error) for word in _CONNECTION_WORDS):
+                reason = f"a connection to another process failed: {_first_words(error)}"
+                _print_error(f"{reason} The same command goes on.")
+                sys.stdout.flush()
+                distributed.leave(START_AGAIN, reason)
+                os._exit(START_AGAIN)
+            traceback.print_exc()
+            distributed.leave(1, f"{type(error).__name__}: {_first_words(error)}")
 
     app.run(guarded, flags_parser=_parse)
 
@@ -88,8 +126,13 @@ def _first_words(error: Exception) -> str:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    _print_error(message)
+    distributed.leave(1, message)
     sys.exit(1)
+
+
+def _print_error(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:
@@ -121,25 +164,3 @@ def _unraisablehook(unraisable):
     text = str(unraisable.exc_value)
     if text != "Event loop is closed" and not text.startswith("Encountered error while reading"):
         sys.__unraisablehook__(unraisable)
-
-
-def start_distributed() -> None:
-    """Joins the other processes of a run where the environment says that there are any.
-
-    Explicitly by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; on a TPU pod and
-    under SLURM by what these set themselves.
-    """
-    import jax
-
-    environment = os.environ
-    if "JAX_NUM_PROCESSES" in environment:
-        jax.distributed.initialize(
-            environment["JAX_COORDINATOR_ADDRESS"],
-            int(environment["JAX_NUM_PROCESSES"]),
-            int(environment["JAX_PROCESS_ID"]),
-        )
-    elif (
-        "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-        or int(environment.get("SLURM_NTASKS", "1")) > 1
-    ):
-        jax.distributed.initialize()
