@@ -1,0 +1,98 @@
+"""Compiles a run for TPUs that are not here, and says what it needs of them.
+
+    python -m vqgan_jax.plan --config=configs/vqgan_f16.py --topology=v5e:4x4 --batch_size=256
+    python -m vqgan_jax.plan --config=configs/vim.py:large --topology=v5e:16x16,v5p:4x8x8 \\
+        --tokenizer_config=configs/vit_vqgan.py:SL --config.condition.num_classes=1000 \\
+        --config.mesh.data=-1 --config.mesh.fsdp=16 --programs=transformer,sampling
+
+Needs the compiler for TPUs, `pip install '.[tpu]'`, but no TPU, no data and no weights.
+Ends with exit code 1 where a program does not fit.
+"""
+
+import json
+import pathlib
+import runpy
+import sys
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from vqgan_jax import commands, configuration
+from vqgan_jax.configuration import ConfigError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
+_TOPOLOGY = flags.DEFINE_list(
+    "topology", None, "Slices of TPUs to compile for, as in v5e:16x16,v5p:8x8x8."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "Images an update on all chips together; by default the config's."
+)
+_FIND = flags.DEFINE_boolean("find_batch_size", False, "Look for the largest batch that fits.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer_config", "", "Of a transformer whose tokenizer is not trained yet: its config."
+)
+_PROGRAMS = flags.DEFINE_list(
+    "programs", None, "Only programs with one of these words in their names, as in generator."
+)
+_EXPLAIN = flags.DEFINE_boolean(
+    "explain_sharding", False, "Only show which chips have which part of each parameter."
+)
+_JSON = flags.DEFINE_string("json", "", "A file that all figures are written to.")
+_CACHE = flags.DEFINE_string("cache", "~/.cache/vqgan_jax/plans", "Where figures are kept.")
+
+
+def main() -> None:
+    """Plans what the flags say."""
+    jax.config.update("jax_platforms", "cpu")  # a TPU that is here is not needed, and may be busy
+    # A compiler for TPUs that are elsewhere writes its programs to the cache and cannot read them.
+    jax.config.update("jax_enable_compilation_cache", False)
+    from vqgan_jax.planning.planner import Planner, with_batch
+    from vqgan_jax.planning.topologies import Topology
+
+    config = _CONFIG.value
+    if not isinstance(config, ConfigDict):
+        raise ConfigError("--config names no file whose get_config returns a ConfigDict.")
+    if _BATCH_SIZE.value:
+        config = with_batch(config, _BATCH_SIZE.value)
+    configuration.validate(config)
+    tokenizer = read_config(_TOKENIZER.value) if _TOKENIZER.value else None
+    cache = pathlib.Path(_CACHE.value).expanduser()
+    plans, all_fit = [], True
+    for name in _TOPOLOGY.value:
+        topology = Topology.named(name)
+        planner = Planner(topology, tokenizer, cache, tuple(_PROGRAMS.value or ()))
+        if _EXPLAIN.value:
+            print(planner.explain_sharding(config))
+            continue
+        own = planner.with_largest_batch(config) if _FIND.value else config
+        plan, fits = planner.plan(own)
+        plans.append(plan)
+        all_fit = all_fit and fits
+        if _JSON.value:
+            pathlib.Path(_JSON.value).write_text(json.dumps(plans, indent=2) + "\n")
+    sys.exit(0 if all_fit else 1)
+
+
+def read_config(argument: str) -> ConfigDict:
+    """The config of `FILE` or `FILE:ARGUMENT`, as `--config` takes it.
+
+    Raises:
+        ConfigError: there is no such file, or it has no tokenizer's config.
+    """
+    path, _, rest = argument.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"There is no config file {path!r}.")
+    make = runpy.run_path(path).get("get_config")
+    config = make(rest) if make else None
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"get_config of {path} returns no ConfigDict.")
+    if config.stage != "tokenizer":
+        raise ConfigError(f"--tokenizer_config={argument} is the config of a {config.stage}.")
+    configuration.validate(config)
+    return config
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    commands.run(main)
