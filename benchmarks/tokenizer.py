@@ -78,7 +78,7 @@ class Ours:
         mesh = make_mesh(config.mesh)
         rows, whole = batch_sharding(mesh, len(images)), replicated(mesh)
         layout = state_shardings(jax.eval_shape(game.init, images), (), mesh)
-        self.steps = compile_players(game, layout, rows, whole)
+        self.steps = compile_players(game, layout, mesh)
         self.images = jax.device_put(images, rows)
         self.perceptual = jax.device_put(random_lpips(game, images), whole)
         self.state = jax.jit(game.init, out_shardings=layout)(self.images)

@@ -23,6 +23,7 @@ from vqgan_jax.training.logging import (
     NonFiniteError,
     check_finite,
 )
+from vqgan_jax.training.phases import DATA, EVALUATION, PhaseClock
 from vqgan_jax.training.progress import Progress, format_duration
 
 
@@ -282,13 +283,13 @@ class Clock:
 
 def test_the_progress_line():
     clock, stream = Clock(), io.StringIO()
-    progress = Progress(1000, 16, start_step=100, stream=stream, clock=clock)
+    progress = Progress(1000, 16, 100, stream, PhaseClock(clock=clock))
     clock.now += 60.0  # compilation and 50 steps
     progress.report(150, {"l1": 0.123456})
-    with progress.waiting_for_data():
+    with progress.clock.phase(DATA):
         clock.now += 1.0
     clock.now += 9.0
-    with progress.paused():
+    with progress.clock.phase(EVALUATION):
         clock.now += 40.0
     speed = progress.report(200, {"l1": 0.1, "lpips": 0.4})
     assert speed == {"images_per_second": 80.0, "data_wait": 0.1}
@@ -302,7 +303,7 @@ def test_the_progress_line():
 
 def test_the_last_line_has_nothing_left_and_no_window_is_no_error():
     clock, stream = Clock(), io.StringIO()
-    progress = Progress(10, 4, stream=stream, clock=clock)
+    progress = Progress(10, 4, stream=stream, clock=PhaseClock(clock=clock))
     clock.now += 1.0
     progress.report(10, {})
     progress.report(10, {})

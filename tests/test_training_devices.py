@@ -18,7 +18,7 @@ from vqgan_jax.data.transforms import evaluation_transform
 from vqgan_jax.training.loop import train
 
 LAST = 14
-GLOBAL_STATISTICS = ("discriminator/batch_stats/", "generator/codebook/")
+GLOBAL_STATISTICS = "discriminator/batch_stats/"
 
 
 def without_perceptual(**discriminator):
@@ -34,36 +34,13 @@ def without_perceptual(**discriminator):
     return config
 
 
-def ema_and_act_norm():
-    config = without_perceptual(norm="act", lecam=0.1)
-    config.model.quantizer.update(kind="ema", kmeans_init=True, restart_below=0.95)
-    config.optimizer.ema_decay = 0.99
-    return config
-
-
-def gumbel_and_group_norm():
-    config = without_perceptual(norm="group", refresh_reconstruction=True)
-    config.model.quantizer.kind = "gumbel"
-    config.model.dropout = 0.1
-    return config
-
-
 def assert_close_statistics(workdir, reference, step):
-    """BatchNorm's statistics and the EMA codebook, which each device sees only a part of."""
+    """BatchNorm's statistics, of images of which each device sees only a part."""
     ours, theirs = runs.state(workdir, step), runs.state(reference, step)
     names = [name for name in theirs if name.startswith(GLOBAL_STATISTICS)]
     for name in names:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
     return names
-
-
-@pytest.mark.parametrize("variant", [ema_and_act_norm, gumbel_and_group_norm])
-def test_eight_devices_compute_what_one_does(float64, run_inputs, tmp_path, variant):
-    for count in (1, 8):
-        train(variant(), tmp_path / str(count), jax.devices()[:count])
-    runs.assert_close_metrics(tmp_path / "8", tmp_path / "1")
-    names = assert_close_statistics(tmp_path / "8", tmp_path / "1", 10)
-    assert len(names) == (3 if variant is ema_and_act_norm else 0)
 
 
 def test_eight_devices_with_batch_norm(float64, reference_run_in_float64, tmp_path):
@@ -73,6 +50,7 @@ def test_eight_devices_with_batch_norm(float64, reference_run_in_float64, tmp_pa
     assert len(assert_close_statistics(tmp_path, reference_run_in_float64, LAST)) == 2
 
 
+@pytest.mark.xdist_group("processes")  # as in `test_hosts`
 def test_two_processes_stop_together_and_go_on(reference_run_in_float64, tmp_path):
     """Of four devices each; one of them is told to stop, and both do, at the same step."""
     workdir = tmp_path / "run"

@@ -188,7 +188,8 @@ def test_rotary_positions_are_relative_in_both_directions():
 def test_recomputed_and_unrolled_layers_give_the_same_gradients():
     conditions, codes = inputs()
     gradients = []
-    for options in ({}, {"remat": True}, {"unroll": 3}):
+    kept = {"remat": True, "remat_keeps": "products"}
+    for options in ({}, {"remat": True}, kept, {"unroll": 3}):
         transformer = tiny_transformer(**MODERN, **options)
         params = random_params(transformer, conditions, codes)
 

@@ -236,7 +236,8 @@ def test_unrolled_or_recomputed_layers_are_the_same():
         return tiny.leaves(jax.jit(jax.value_and_grad(total))(variables))
 
     expected = value_and_gradient(plain)
-    for options in (dict(unroll=3), dict(remat=True)):
+    kept = dict(remat=True, remat_keeps="products")
+    for options in (dict(unroll=3), dict(remat=True), kept):
         for name, leaf in value_and_gradient(Trunk(**fields, **options)).items():
             np.testing.assert_allclose(leaf, expected[name], atol=1e-5, err_msg=name)
 

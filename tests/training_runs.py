@@ -20,7 +20,7 @@ import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "tests" / "tiny_config.py"
-TIMINGS = ("images_per_second", "codes_per_second", "data_wait")
+TIMINGS = ("images_per_second", "codes_per_second", "data_wait", "goodput")
 TIMEOUT = 600  # seconds for any process; a hang fails instead of standing still
 
 
@@ -59,10 +59,13 @@ def made_once(directory, make):
     return directory
 
 
-def start(workdir, *arguments, devices=1, process=None, dtype="float32", config=CONFIG):
+def start(
+    workdir, *arguments, devices=1, process=None, dtype="float32", config=CONFIG, variables=()
+):
     """`python -m vqgan_jax.train` in a process of its own.
 
-    `process` is (index, count, port) for one of several processes of a run.
+    `process` is (index, count, port) for one of several processes of a run; `variables` are more of
+    the environment.
     """
     # As in `conftest.py`; products in float64 are slow where nothing is optimised.
     unoptimised = " --xla_backend_optimization_level=0" if dtype != "float64" else ""
@@ -72,20 +75,24 @@ def start(workdir, *arguments, devices=1, process=None, dtype="float32", config=
         "JAX_ENABLE_X64": str(int(dtype == "float64")),
     }
     if process is not None:
-        index, count, port = process
-        environment |= {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": str(count),
-            "JAX_PROCESS_ID": str(index),
-        }
+        environment |= process_environment(*process)
     command = [sys.executable, "-m", "vqgan_jax.train", f"--config={config}:{dtype}"]
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *arguments],
-        env=environment,
+        env=environment | dict(variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def process_environment(index, count, port):
+    """What makes a process one of several, on this machine."""
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
 
 
 def finish(process):
@@ -146,7 +153,10 @@ def _lines(workdir):
 
 def metrics(workdir):
     """The lines of `metrics.jsonl`, without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in _lines(workdir)]
+    return [
+        {k: v for k, v in line.items() if k.split("/")[0] not in TIMINGS}
+        for line in _lines(workdir)
+    ]
 
 
 def steps(workdir):

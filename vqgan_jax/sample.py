@@ -33,10 +33,9 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 from PIL import Image
 
-from vqgan_jax import commands
+from vqgan_jax import commands, distributed
 from vqgan_jax.conditions.files import SIDES, read_conditions
 from vqgan_jax.data.errors import DataError
 from vqgan_jax.drawing import Drawing, Film
@@ -175,12 +174,12 @@ def sample(
     if rejection is not None:
         settings |= {"classifier": classifier, "acceptance": acceptance}
     compare(output, settings)
-    multihost_utils.sync_global_devices("sample: compared")
+    distributed.barrier("sample: compared")
     if jax.process_index() == 0:
         output.mkdir(parents=True, exist_ok=True)
         if not (output / SETTINGS).exists():
             write_atomically(output / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
-    multihost_utils.sync_global_devices("sample: begun")
+    distributed.barrier("sample: begun")
 
     of_sample = None if labels is None else labels[np.arange(num_samples) % len(labels)]
     if "png" in formats or stored_samples(output / ARRAYS) != num_samples:
@@ -191,7 +190,7 @@ def sample(
             folder = output / CANDIDATES
             folder.mkdir(exist_ok=True)
             draw_missing(drawing, output, folder, rejection.numbers, batch_size, animate, rejection)
-        multihost_utils.sync_global_devices("sample: drawn")
+        distributed.barrier("sample: drawn", distributed.NO_TIMEOUT)
         if jax.process_index() == 0:
             arrays = {} if rejection is None else accept(rejection, output)
             finish(output, num_samples, of_sample, generator.class_names, formats, arrays)
@@ -266,7 +265,7 @@ def draw_missing(
 
 def main() -> None:
     """Draws what the flags say."""
-    commands.start_distributed()
+    distributed.join()
     values = {name: flags.FLAGS[name].value for name in OPTIONS}
     sample(
         flags.FLAGS["checkpoint"].value,
@@ -352,4 +351,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
+    distributed.define_flags()
     commands.run(main)

@@ -31,10 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vqgan_jax import commands
+from vqgan_jax import commands, distributed
 from vqgan_jax.data.augmentations import AllViews, list_views
 from vqgan_jax.data.code_manifest import CodesInfo
 from vqgan_jax.data.code_report import print_info, verify
@@ -51,6 +50,7 @@ from vqgan_jax.training.encoding import (
     describe_condition,
     encode_batches,
 )
+from vqgan_jax.training.phases import DATA
 from vqgan_jax.training.progress import Progress
 from vqgan_jax.training.stopping import Preempted, StopSignal
 
@@ -261,7 +261,7 @@ def encode_split(
 def timed(batches: Iterator[dict], progress: Progress) -> Iterator[dict]:
     """The batches, where their time counts as waiting for data."""
     while True:
-        with progress.waiting_for_data():
+        with progress.clock.phase(DATA):
             batch = next(batches, None)
         if batch is None:
             return
@@ -277,11 +277,11 @@ def begin(writers: Sequence[CodeWriter]) -> None:
     Raises:
         DataError: not all processes see the same directories.
     """
-    multihost_utils.sync_global_devices("tokenize: compared")
+    distributed.barrier("tokenize: compared")
     if jax.process_index() == 0:
         for writer in writers:
             writer.begin()
-    multihost_utils.sync_global_devices("tokenize: begun")
+    distributed.barrier("tokenize: begun")
     for writer in writers:
         if not writer.has_begun:
             raise DataError(
@@ -323,7 +323,7 @@ def main() -> None:
     elif not (options.checkpoint and options.output and options.split):
         raise DataError("--checkpoint, --output and --split are needed, or --info or --verify.")
     else:
-        commands.start_distributed()
+        distributed.join()
         tokenize(
             options.checkpoint,
             options.output,
@@ -369,4 +369,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
+    distributed.define_flags()
     commands.run(main)

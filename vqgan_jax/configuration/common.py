@@ -1,9 +1,23 @@
 """What the configs of all stages share: sections, checks, the argument of a config file, JSON."""
 
 import json
+import re
 
 import jax
 from ml_collections import ConfigDict
+
+from vqgan_jax.models.recomputation import POLICIES
+
+MESH_AXES = ("data", "fsdp", "tensor", "spatial")
+# For each parameter the first rule whose regex is found in its path: the mesh axes of its last
+# dimensions, or one axis for the largest that it divides. What an axis does not divide stays whole.
+SHARDING_RULES = (
+    (r"/(bias|scale)$", ()),  # small
+    (r"/quantize/", ()),  # all codes are compared with every latent
+    (r"/(query|key|value|up|gate|hidden|conv1|head)/kernel$", ("fsdp", "tensor")),
+    (r"/(out|down|conv2)/kernel$", ("tensor", "fsdp")),
+    (r"/(kernel|embedding|position_embedding|positions)$", "fsdp"),
+)
 
 
 class ConfigError(ValueError):
@@ -69,8 +83,15 @@ def base_config(stage: str) -> ConfigDict:
         )
     )
 
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1 = the devices that are left
-    config.sharding_rules = ()  # of (regex of a parameter's path, axes of its dimensions)
+    config.mesh = ConfigDict(  # devices along each axis; -1 = those that are left
+        dict(
+            data=-1,  # each has its images and all parameters
+            fsdp=1,  # each has its images and its share of the parameters
+            tensor=1,  # each has its share of the channels, of the same images
+            spatial=1,  # each has its rows of pixels, of the same images; tokenizers only
+        )
+    )
+    config.sharding_rules = SHARDING_RULES  # of (regex of a parameter's path, its axes)
     return config
 
 
@@ -146,14 +167,42 @@ def positive(config: ConfigDict, *paths: str) -> None:
         require(value > 0, f"config.{path} is {value}; it must be positive.")
 
 
+def _validate_mesh(config: ConfigDict) -> None:
+    """Checks of the mesh's axes and of the rules that name them."""
+    for axis, size in config.mesh.items():
+        require(
+            size == -1 or size > 0,
+            f"config.mesh.{axis} is {size}; it must be a number of devices, or -1 for the rest.",
+        )
+    for rule in config.sharding_rules:
+        require(
+            isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str),
+            f"config.sharding_rules has {rule!r}; a rule is a pattern and its axes, as in "
+            "(('kernel$', ('fsdp', 'tensor')),).",
+        )
+        try:
+            re.compile(rule[0])
+        except re.error as error:
+            raise ConfigError(
+                f"config.sharding_rules: {rule[0]!r} is no pattern: {error}."
+            ) from None
+        named = [axis for axis in ([rule[1]] if isinstance(rule[1], str) else rule[1]) if axis]
+        require(
+            all(axis in MESH_AXES for axis in named) and len(set(named)) == len(named),
+            f"config.sharding_rules has {rule!r}; axes are {', '.join(MESH_AXES)}, each once.",
+        )
+
+
 def validate_base(config: ConfigDict) -> None:
     """Checks of what every stage has."""
+    _validate_mesh(config)
     one_of(config, "model.dtype", "auto", "float32", "bfloat16", "float64")
     require(
         config.model.dtype != "float64" or jax.config.jax_enable_x64,
         "config.model.dtype is float64, which JAX computes only with JAX_ENABLE_X64=1 in the "
         "environment.",
     )
+    one_of(config, "model.remat_keeps", *POLICIES)
     one_of(config, "optimizer.schedule", "constant", "cosine", "exponential")
     one_of(config, "optimizer.first_moment", "float32", "bfloat16")
     optimizer = config.optimizer

@@ -24,6 +24,7 @@ def tokenizer_config() -> ConfigDict:
             logit_laplace=False,  # the decoder predicts a distribution, for the loss of that name
             dropout=0.0,
             remat=False,  # recompute blocks in the backward pass: less memory, more time
+            remat_keeps="nothing",  # or "products": what they give stays in memory
             # Of "conv" alone.
             channels=128,
             channel_multipliers=(1, 1, 2, 2, 4),  # one level each; factor = 2^(levels - 1)
@@ -144,6 +145,11 @@ def validate_tokenizer(config: ConfigDict) -> None:
     else:
         _validate_convolutional(config)
     factor = downsampling_factor(model)
+    require(
+        model.resolution // factor % max(1, config.mesh.spatial) == 0,
+        f"config.mesh.spatial is {config.mesh.spatial}, which does not divide the "
+        f"{model.resolution // factor} rows of codes of an image.",
+    )
     require(
         model.resolution % factor == 0,
         f"config.model.resolution is {model.resolution}, which the model's factor {factor} does "

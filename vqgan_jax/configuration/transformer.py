@@ -40,6 +40,7 @@ def transformer_config() -> ConfigDict:
             attention_dropout=0.0,
             unroll=1,  # layers compiled one after the other; more: faster steps, longer compilation
             remat=False,  # recompute blocks in the backward pass: less memory, more time
+            remat_keeps="nothing",  # or "products": what they give stays in memory
         )
     )
     config.condition = ConfigDict(
@@ -116,6 +117,10 @@ def add_condition_image(config: ConfigDict, name: str, tokenizer: str, **values)
 def validate_transformer(config: ConfigDict) -> None:
     """Raises `ConfigError` for values that cannot work, before anything compiles."""
     validate_base(config)
+    require(
+        config.mesh.spatial == 1,
+        f"config.mesh.spatial is {config.mesh.spatial}; only tokenizers have rows of pixels.",
+    )
     one_of(config, "model.norm", "layer", "rms")
     one_of(config, "model.feed_forward", "gelu", "swiglu")
     one_of(config, "model.positions", "learned", "learned_2d", "rotary")

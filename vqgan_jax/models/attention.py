@@ -40,13 +40,9 @@ class Linear(nn.Module):
 
 def apply_linear(layers: Sequence[Linear], x: jax.Array) -> list[jax.Array]:
     """What each of some layers of one type gives for the same `x`, `(..., D)`."""
-    flat = x.astype(layers[0].dtype).reshape(-1, x.shape[-1])  # a 3-D operand's gradient is slow
     kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
-    products = project(flat, kernels)
-    return [
-        (y if bias is None else y + bias).reshape(*x.shape[:-1], -1)
-        for y, bias in zip(products, biases, strict=True)
-    ]
+    products = project(x.astype(layers[0].dtype), kernels)
+    return [y if bias is None else y + bias for y, bias in zip(products, biases, strict=True)]
 
 
 class SelfAttention(nn.Module):

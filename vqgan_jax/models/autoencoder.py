@@ -20,6 +20,7 @@ from vqgan_jax.models.layers import (
     at_least_float32,
     make_norm,
 )
+from vqgan_jax.models.recomputation import recomputed
 
 
 class Level(nn.Module):
@@ -35,11 +36,14 @@ class Level(nn.Module):
     norm: Callable[..., nn.Module] = GroupNorm
     dropout: float = 0.0
     remat: bool = False
+    remat_keeps: str = "nothing"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        block = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
+        block = ResidualBlock
+        if self.remat:
+            block = recomputed(ResidualBlock, self.remat_keeps, static_argnums=(2,))
         for i in range(self.num_blocks):
             x = block(self.features, self.norm, self.dropout, self.dtype, name=f"block_{i}")(
                 x, train
@@ -87,6 +91,7 @@ class Encoder(nn.Module):
     num_groups: int = 32
     dropout: float = 0.0
     remat: bool = False
+    remat_keeps: str = "nothing"
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -102,6 +107,7 @@ class Encoder(nn.Module):
                 norm=norm,
                 dropout=self.dropout,
                 remat=self.remat,
+                remat_keeps=self.remat_keeps,
                 dtype=self.dtype,
             )
             for i, multiplier in enumerate(self.channel_multipliers)
@@ -139,6 +145,7 @@ class Decoder(nn.Module):
     num_groups: int = 32
     dropout: float = 0.0
     remat: bool = False
+    remat_keeps: str = "nothing"
     dtype: jnp.dtype = jnp.float32
 
     LAST_LAYER: ClassVar[str] = "conv_out"
@@ -157,6 +164,7 @@ class Decoder(nn.Module):
                 norm=norm,
                 dropout=self.dropout,
                 remat=self.remat,
+                remat_keeps=self.remat_keeps,
                 dtype=self.dtype,
             )
             for i, multiplier in enumerate(self.channel_multipliers)

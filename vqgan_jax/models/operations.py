@@ -12,22 +12,23 @@ import jax
 import jax.numpy as jnp
 
 from vqgan_jax.models import cpu, cpu_tokens
+from vqgan_jax.models.target import backend, keep_rows
 
 
 def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    return backend() == "cpu"
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding) -> jax.Array:
     """Cross-correlation of `(B, H, W, I)` with `(k, k, I, O)`, zeros around as `padding` says."""
     if kernel.shape[:2] == (1, 1) and stride == 1:
-        flat = x.reshape(-1, x.shape[-1])  # a 3-D operand makes the backward pass slow
-        return jnp.dot(flat, kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+        return project(x, [kernel[0, 0]])[0]
     if _on_cpu() and stride == 1 and x.shape[1] * x.shape[2] >= cpu.LARGE_MAP:
-        return cpu.convolve_large(x, kernel, padding)
-    return jax.lax.conv_general_dilated(
+        return keep_rows(cpu.convolve_large(x, kernel, padding))
+    y = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+    return keep_rows(y)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -84,14 +85,20 @@ def normalize_tokens(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: f
 
 
 def project(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
-    """`x @ kernel` for each kernel, of `(N, D)`; on the CPU as one product.
+    """`x @ kernel` for each kernel, of `(B, ..., D)`; on the CPU as one product of two matrices.
 
-    Elsewhere apart: kernels that are split over devices would be gathered to be put together.
+    Elsewhere apart: kernels that are split over devices would be gathered to be put together, and
+    rows of pixels that are split would be gathered to be one dimension with the batch.
     """
-    if not _on_cpu() or len(kernels) == 1:
-        return [x @ kernel for kernel in kernels]
-    ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))
-    return jnp.split(x @ jnp.concatenate(kernels, axis=1), ends[:-1], axis=1)
+    if not _on_cpu():
+        return [keep_rows(x @ kernel) for kernel in kernels]
+    flat = x.reshape(-1, x.shape[-1])  # a 3-D operand makes the backward pass slow
+    if len(kernels) == 1:
+        products = [flat @ kernels[0]]
+    else:
+        ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))
+        products = jnp.split(flat @ jnp.concatenate(kernels, axis=1), ends[:-1], axis=1)
+    return [keep_rows(y.reshape(*x.shape[:-1], -1)) for y in products]
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, num_unmasked: int = 0) -> jax.Array:
@@ -104,7 +111,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, num_unmasked: int
         return cpu_tokens.attend(query, key, value, num_unmasked)
     length = query.shape[1]
     mask = causal_mask(length, num_unmasked)[None, None] if 0 < num_unmasked < length else None
-    fused = jax.default_backend() == "gpu" and query.dtype.itemsize == 2 and mask is None
+    fused = backend() == "gpu" and query.dtype.itemsize == 2 and mask is None
     return jax.nn.dot_product_attention(
         query,
         key,

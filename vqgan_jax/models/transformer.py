@@ -19,6 +19,8 @@ from vqgan_jax.models.attention import Linear, SelfAttention
 from vqgan_jax.models.layers import LayerNorm, at_least_float32
 from vqgan_jax.models.orders import ROW_MAJOR, Permutation, permutation
 from vqgan_jax.models.positions import GridPositions, rotary_angles
+from vqgan_jax.models.recomputation import recomputed
+from vqgan_jax.models.target import keep_rows, whole
 
 
 class FeedForward(nn.Module):
@@ -92,6 +94,11 @@ def make_norm(kind: str, dtype: jnp.dtype, name: str) -> nn.Module:
     return LayerNorm(dtype, name=name)
 
 
+def look_up(table: nn.Embed, tokens: jax.Array) -> jax.Array:
+    """Rows of a table, `(B, n)` int -> `(B, n, width)`; NaN for tokens that it has no row for."""
+    return keep_rows(jnp.take(whole(table.embedding), tokens, axis=0))
+
+
 def cast_kernels(params, dtype: jnp.dtype):
     """Parameters with matrices in the type of the computation: for loops that read them often."""
     return jax.tree.map_with_path(
@@ -131,6 +138,7 @@ class Transformer(nn.Module):
         unroll: blocks of the loop over layers that are compiled one after the other; more compile
             longer.
         remat: recompute blocks in the backward pass: less memory, more time.
+        remat_keeps: one of `recomputation.POLICIES`.
         dtype: of the computation; parameters are float32.
     """
 
@@ -155,6 +163,7 @@ class Transformer(nn.Module):
     attention_dropout: float = 0.0
     unroll: int = 1
     remat: bool = False
+    remat_keeps: str = "nothing"
     dtype: jnp.dtype = jnp.float32
     condition_shapes: tuple[tuple[int, ...], ...] = ()
     order: str = ROW_MAJOR
@@ -171,7 +180,9 @@ class Transformer(nn.Module):
             self.position_embedding = self.param("position_embedding", nn.initializers.zeros, shape)
         elif self.positions == "learned_2d":
             self.grid_positions = GridPositions(self.grid, self.num_conditions, self.width)
-        block = nn.remat(Block, static_argnums=(5,), prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat:
+            block = recomputed(Block, self.remat_keeps, static_argnums=(5,), prevent_cse=False)
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -253,7 +264,7 @@ class Transformer(nn.Module):
     def embed_conditions(self, conditions):
         """`(B, num_conditions)` int -> `(B, num_conditions, width)` with positions."""
         table = self.condition_embedding if self.condition_size else self.code_embedding
-        tokens = table(conditions)
+        tokens = look_up(table, conditions)
         if self.positions == "learned":
             tokens += self._learned_positions(0, tokens.shape[1])
         elif self.positions == "learned_2d":
@@ -262,7 +273,7 @@ class Transformer(nn.Module):
 
     def embed_codes(self, codes, first: int | jax.Array = 0):
         """Codes of the sequence, as `embed_conditions`: `(B, n)` int, from number `first` on."""
-        tokens = self.code_embedding(codes)
+        tokens = look_up(self.code_embedding, codes)
         if self.positions == "learned":
             tokens += self._learned_positions(self.num_conditions + first, codes.shape[1])
         elif self.positions == "learned_2d":

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from vqgan_jax.models.attention import Linear, apply_linear
 from vqgan_jax.models.layers import LARGE_GRID, at_least_float32, attend_to_all
 from vqgan_jax.models.operations import attend
+from vqgan_jax.models.recomputation import recomputed
 from vqgan_jax.models.transformer import FeedForward, LayerNorm
 
 EXPANSION = 4  # hidden channels of a feed-forward, in widths
@@ -93,6 +94,7 @@ class Trunk(nn.Module):
         unroll: blocks of the loop over layers that are compiled one after the other; more compile
             longer.
         remat: recompute blocks in the backward pass: less memory, more time.
+        remat_keeps: one of `recomputation.POLICIES`.
         dtype: of the computation; parameters are float32.
     """
 
@@ -103,6 +105,7 @@ class Trunk(nn.Module):
     dropout: float = 0.0
     unroll: int = 1
     remat: bool = False
+    remat_keeps: str = "nothing"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -113,7 +116,9 @@ class Trunk(nn.Module):
         )
         x = x + resize_positions(positions, *grid).astype(self.dtype)
         x = einops.rearrange(x, "b h w d -> b (h w) d")
-        block = nn.remat(Block, static_argnums=(2,), prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat:
+            block = recomputed(Block, self.remat_keeps, static_argnums=(2,), prevent_cse=False)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -122,7 +122,7 @@ class VQGAN(nn.Module):
 
 def _convolutional(model: Mapping, dtype: jnp.dtype) -> dict:
     names = ("resolution", "channels", "num_res_blocks", "middle_attention", "norm", "num_groups")
-    shared = {name: model[name] for name in (*names, "dropout", "remat")} | dict(
+    shared = {name: model[name] for name in (*names, "dropout", "remat", "remat_keeps")} | dict(
         channel_multipliers=tuple(model["channel_multipliers"]),
         attention_resolutions=tuple(model["attention_resolutions"]),
         dtype=dtype,
@@ -143,6 +143,7 @@ def _vision_transformers(model: Mapping, dtype: jnp.dtype) -> dict:
         dropout=model["dropout"],
         unroll=vit["unroll"],
         remat=model["remat"],
+        remat_keeps=model["remat_keeps"],
         dtype=dtype,
     )
     return dict(

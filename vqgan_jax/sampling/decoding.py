@@ -113,22 +113,27 @@ class CachedStep:
     in place, where a loop would copy all of them.
     """
 
-    def __init__(self, transformer: Transformer, params):
-        # Matrices are read from memory at every step: once in the type that they are used in.
-        self._params = cast_kernels(params, transformer.dtype)
+    def __init__(self, transformer: Transformer, params, layers=None):
+        """Takes a step's parameters apart; or what another step has as `params` and `layers`."""
+        if layers is None:
+            # Matrices are read from memory at every step: once in the type they are used in.
+            params = cast_kernels(params, transformer.dtype)
+            leaves, structure = jax.tree.flatten(params["blocks"])
+            layers = [
+                structure.unflatten([leaf[i] for leaf in leaves])
+                for i in range(transformer.num_layers)
+            ]
+        self.params, self.layers = params, layers
         self._transformer = transformer
-        layers = range(transformer.num_layers)
-        leaves, structure = jax.tree.flatten(self._params["blocks"])
-        self._layers = [structure.unflatten([leaf[i] for leaf in leaves]) for i in layers]
         self._angles = transformer.angles()
 
     def _apply(self, *arguments, method):
-        return self._transformer.apply({"params": self._params}, *arguments, method=method)
+        return self._transformer.apply({"params": self.params}, *arguments, method=method)
 
     def prefill(self, conditions):
         """`(B, num_conditions)` -> logits of the first code `(B, K)`, and the cache."""
         logits, (keys, values) = self._apply(conditions, method="prefill")
-        return logits, [(keys[i], values[i]) for i in range(len(self._layers))]
+        return logits, [(keys[i], values[i]) for i in range(len(self.layers))]
 
     def grown(self, cache, length):
         """The cache with room for `length` tokens."""
@@ -147,7 +152,7 @@ class CachedStep:
         block = Block(**self._transformer.block_fields())
         x = self._apply(code[:, None], n, method="embed_codes")
         moved = []
-        for layer, old in zip(self._layers, cache, strict=True):
+        for layer, old in zip(self.layers, cache, strict=True):
             x, new = block.apply({"params": layer}, x, angles, old, index)
             moved.append(new)
         return self._apply(x[:, 0], method="logits"), moved

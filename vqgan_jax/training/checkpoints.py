@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from vqgan_jax import configuration
+from vqgan_jax import configuration, distributed
 from vqgan_jax.training.sharding import path_name
 
 CHECKPOINTS = "checkpoints"
@@ -34,6 +34,12 @@ _WRITE_ERRORS = (OSError, ValueError)  # tensorstore tells of a full disk by a V
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says which, why and what to do."""
+
+
+def latest_step(workdir: pathlib.Path) -> int | None:
+    """The step of the newest checkpoint that is whole in a run directory, or None."""
+    directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
+    return max(ocp.utils.checkpoint_steps(directory), default=None) if directory.is_dir() else None
 
 
 class Checkpoints:
@@ -71,10 +77,6 @@ class Checkpoints:
         registry.add("config", ocp.args.JsonSave, config_handler)
         registry.add("config", ocp.args.JsonRestore, config_handler)
         return ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
-
-    def latest_step(self) -> int | None:
-        """The newest checkpoint's step, or None."""
-        return self._manager.latest_step()
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Begins to write the state of `step`; a step that is there already stays as it is.
@@ -131,7 +133,7 @@ class Checkpoints:
         """Raises `CheckpointError` where the stored state is whole, but another config's."""
         text = (self._directory / str(step) / "config" / "metadata").read_text()
         stored, ours = (  # both with the keys that are newer than what is stored
-            json.loads(configuration.to_json(config))
+            _without_form(json.loads(configuration.to_json(config)))
             for config in (configuration.from_json(text), self._config)
         )
         for section in ("stage", "model"):
@@ -170,10 +172,7 @@ class Checkpoints:
                 number += 1
                 target = path.with_name(f"{path.name}.damaged-{number}")
             path.rename(target)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices(f"set aside {step}")
+        distributed.barrier(f"set aside {step}")
         self._manager = self._open()
 
     def reached_preemption(self, step: int) -> bool:
@@ -191,6 +190,14 @@ class Checkpoints:
         """Waits for what was begun and ends the writer's threads."""
         self.wait()
         self._manager.close()
+
+
+def _without_form(config: Any) -> Any:
+    """A config without what only says how the same model is computed: that can change in a run."""
+    if not isinstance(config, dict):
+        return config
+    form = ("remat", "remat_keeps", "unroll")
+    return {key: _without_form(value) for key, value in config.items() if key not in form}
 
 
 def _first_difference(stored: Any, ours: Any, name: str) -> str:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from vqgan_jax.models.discriminator import PatchDiscriminator
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.stylegan_discriminator import StyleGANDiscriminator
+from vqgan_jax.models.target import backend
 from vqgan_jax.models.vqgan import VQGAN
 from vqgan_jax.training import freezing, optimizers
 from vqgan_jax.training.states import (
@@ -23,7 +24,7 @@ from vqgan_jax.training.states import (
 def compute_dtype(name: str) -> jnp.dtype:
     """The computation's dtype; "auto" is bfloat16 on accelerators and float32 on the CPU."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 

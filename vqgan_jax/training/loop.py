@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import pathlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -12,11 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vqgan_jax import configuration
-from vqgan_jax.training.checkpoints import CONFIG_FILE, Checkpoints
+from vqgan_jax import configuration, distributed
+from vqgan_jax.training.checkpoints import CONFIG_FILE, Checkpoints, latest_step
+from vqgan_jax.training.goodput import Goodput
 from vqgan_jax.training.logging import DeferredMetrics, MetricWriter, check_finite
+from vqgan_jax.training.phases import CHECKPOINTS, DATA, EVALUATION, START, STEPS, PhaseClock
 from vqgan_jax.training.progress import Progress
-from vqgan_jax.training.sharding import make_mesh
+from vqgan_jax.training.sharding import make_mesh, sharding_table, with_shardings
 from vqgan_jax.training.stopping import Preempted, StopSignal
 from vqgan_jax.training.tokenizer_stage import TokenizerStage
 from vqgan_jax.training.transformer_stage import TransformerStage
@@ -71,10 +74,25 @@ def make_stage(config: ConfigDict, mesh: Mesh, workdir: pathlib.Path) -> Stage:
     return TokenizerStage(config, mesh)
 
 
+def explain_sharding(config: ConfigDict, workdir: str | pathlib.Path) -> str:
+    """Where each array of the state that `train` would have lies; errors as of `train`."""
+    configuration.validate(config)
+    stage = make_stage(config, make_mesh(config.mesh), pathlib.Path(workdir))
+    return sharding_table(with_shardings(stage.abstract_state, stage.layout))
+
+
+def how_to_go_on(workdir: pathlib.Path) -> str:
+    """Where the same command goes on with a run that ends now."""
+    step = latest_step(workdir)
+    where = "the start" if step is None else f"the last checkpoint (step {step})"
+    return f"the same command goes on from {where}"
+
+
 def train(
     config: ConfigDict,
     workdir: str | pathlib.Path,
     devices: Sequence[jax.Device] | None = None,
+    started: float | None = None,
 ) -> dict[str, float]:
     """Trains to `config.training.num_steps`, from the newest checkpoint in `workdir` if any.
 
@@ -82,6 +100,8 @@ def train(
         config: the experiment, as a file of `configs/` makes it.
         workdir: where checkpoints, metrics and pictures go; made if missing.
         devices: what to train on; None for all that there are.
+        started: when the program began, in seconds since 1970; None for now. What it did since
+            then counts as this run's start.
 
     Returns:
         The figures of the last evaluation.
@@ -90,25 +110,21 @@ def train(
         ConfigError, DataError, CheckpointError, NonFiniteError: one line for the terminal each.
         Preempted: asked to stop by SIGTERM or SIGINT; the state is saved.
     """
+    clock = PhaseClock(START, 0.0 if started is None else time.time() - started)
     configuration.validate(config)
     workdir = pathlib.Path(workdir)
     say = print if jax.process_index() == 0 else lambda *_, **__: None
-    # What cannot work ends here, before anything is written or compiled.
-    stage = make_stage(config, make_mesh(config.mesh, devices), workdir)
-    config, training = stage.config, stage.config.training
 
-    # ---- The state: of the newest checkpoint, or born on the devices from the first batch.
     with contextlib.ExitStack() as stack:
+        stack.enter_context(clock.watching_compiler())
+        # What cannot work ends here, before anything is written or compiled.
+        stage = make_stage(config, make_mesh(config.mesh, devices), workdir)
+        config, training = stage.config, stage.config.training
+
+        # ---- The state: of the newest checkpoint, or born on the devices from the first batch.
+        distributed.advise(lambda: how_to_go_on(workdir))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config)))
-        restored = checkpoints.restore(
-            jax.tree.map(
-                lambda leaf, sharding: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=sharding
-                ),
-                stage.abstract_state,
-                stage.layout,
-            )
-        )
+        restored = checkpoints.restore(with_shardings(stage.abstract_state, stage.layout))
         start = restored[0] if restored else 0
         evaluation_file = workdir / EVALUATION_FILE
         if start >= training.num_steps and evaluation_file.exists():
@@ -135,7 +151,9 @@ def train(
         )
         if jax.process_index() == 0:
             (workdir / CONFIG_FILE).write_text(configuration.to_json(config))
-        progress = Progress(training.num_steps, training.batch_size, start)
+        goodput = Goodput(workdir, clock, start)
+        goodput.write()
+        progress = Progress(training.num_steps, training.batch_size, start, clock=clock)
         deferred = DeferredMetrics()
         # Several processes must agree on the step, so there JAX itself listens for SIGTERM.
         alone = jax.process_count() == 1
@@ -151,12 +169,15 @@ def train(
                 speed = progress.report(step, shown)
                 speed |= stage.rates(speed["images_per_second"])
                 writer.write(step, metrics | speed)
+                goodput.write()
 
         def evaluate_now(step: int) -> dict[str, float]:
             figures = stage.evaluate(state)
             check_finite(step, {f"validation/{stage.checked}": figures[stage.checked]})
-            writer.write(step, {f"validation/{name}": value for name, value in figures.items()})
-            writer.write_images(step, stage.pictures_name, stage.pictures(state))
+            pictures = stage.pictures(state)
+            validation = {f"validation/{name}": value for name, value in figures.items()}
+            writer.write(step, validation | goodput.shares())
+            writer.write_images(step, stage.pictures_name, pictures)
             shown = [
                 f"{name} {figures[name]:.4g}" for name in stage.shown_evaluation if name in figures
             ]
@@ -168,10 +189,23 @@ def train(
         def asked_to_stop(step: int) -> bool:
             return stop_signal.received if alone else checkpoints.reached_preemption(step)
 
+        def save(step: int, figures: dict[str, float] | None) -> None:
+            with clock.phase(CHECKPOINTS):
+                checkpoints.save(step, state, figures)
+            goodput.mark(step)
+
+        def end() -> None:
+            """Waits until all is written, and says what the time went to."""
+            with clock.phase(CHECKPOINTS):
+                checkpoints.wait()
+            goodput.mark(step)
+            say(goodput.line(), flush=True)
+
         # ---- The loop.
         figures, step = None, start
+        clock.enter(STEPS)
         while step < training.num_steps:
-            with progress.waiting_for_data():
+            with clock.phase(DATA):
                 batch = next(stream)
             state, metrics = stage.update(state, batch, step)
             step += 1
@@ -183,14 +217,17 @@ def train(
             if last or stopping or step % training.evaluate_every == 0:
                 log(deferred.flush())
             if last or step % training.evaluate_every == 0:
-                with progress.paused():
+                with clock.phase(EVALUATION):
                     figures = evaluate_now(step)
             if last or stopping or figures or step % training.checkpoint_every == 0:
                 log(deferred.flush())  # a state that is not finite is never written
-                with progress.paused():
-                    checkpoints.save(step, state, figures)
+                save(step, figures)
             if stopping and not last:
-                checkpoints.wait()
+                end()
                 raise Preempted(f"Stopped at step {step}; the same command goes on from there.")
 
-        return figures or evaluate_now(step)
+        if figures is None:  # all steps were there, but for the last evaluation
+            with clock.phase(EVALUATION):
+                figures = evaluate_now(step)
+        end()
+        return figures

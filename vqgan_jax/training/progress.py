@@ -1,12 +1,12 @@
 """The line a run prints every so often: how far, how good, how fast, how long still."""
 
-import contextlib
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import TextIO
 
 import jax
+
+from vqgan_jax.training.phases import DATA, STEPS, PhaseClock
 
 
 class Progress:
@@ -16,16 +16,16 @@ class Progress:
 
         step  1200/10000  12.0%  l1 0.1034  lpips 0.412  312.5 images/s  data wait 3%  left 1:23:45
 
-    The rate and the share of time spent waiting for data leave out what `paused` covers; the time
-    left does not, as there will be more evaluations. It leaves out the steps before the first line
-    instead, because these include the compilation.
+    The rate and the share of time spent waiting for data are of the time of steps and data alone;
+    the time left is of all, as there will be more evaluations. It leaves out the steps before the
+    first line, because these include most of the compilation.
 
     Args:
         total_steps: the last step of the run.
         batch_size: images a step, on all devices together.
         start_step: the step that the run goes on from.
         stream: where lines go; None is standard output. Only process 0 prints.
-        clock: seconds from any origin, never going back.
+        clock: tells what the time went to; None is one of its own.
     """
 
     def __init__(
@@ -34,29 +34,15 @@ class Progress:
         batch_size: int,
         start_step: int = 0,
         stream: TextIO | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: PhaseClock | None = None,
     ) -> None:
         self._total_steps = total_steps
         self._batch_size = batch_size
         self._stream = sys.stdout if stream is None else stream
-        self._clock = clock
-        self._first_step, self._first_time = start_step, clock()
+        self.clock = PhaseClock() if clock is None else clock
+        self._first_step, self._first_time = start_step, sum(self.clock.seconds().values())
         self._has_reported = False
-        self._start_window(start_step, self._first_time)
-
-    @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Around the fetch of a batch: its time counts as waiting for data."""
-        start = self._clock()
-        yield
-        self._data_wait += self._clock() - start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around an evaluation or a checkpoint: its time does not count against the rate."""
-        start = self._clock()
-        yield
-        self._paused += self._clock() - start
+        self._start_window(start_step)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Prints the line of a step and begins the next window.
@@ -69,35 +55,36 @@ class Progress:
         Returns:
             The window's "images_per_second" and "data_wait", a share in [0, 1], on all processes.
         """
-        now = self._clock()
-        seconds = now - self._window_time - self._paused
+        now = self.clock.seconds()
+        waited = now[DATA] - self._window[DATA]
+        seconds = waited + now[STEPS] - self._window[STEPS]
         steps = step - self._window_step
         rate = steps * self._batch_size / seconds if seconds > 0 else 0.0
-        wait = self._data_wait / seconds if seconds > 0 else 0.0
+        wait = waited / seconds if seconds > 0 else 0.0
         width = len(str(self._total_steps))
+        time = sum(now.values())
         parts = [
             f"step {step:>{width}}/{self._total_steps}",
             f"{step / self._total_steps:6.1%}",
             *(f"{name} {value:.4g}" for name, value in metrics.items()),
             f"{rate:.1f} images/s",
             f"data wait {wait:.0%}",
-            f"left {format_duration(self._seconds_left(step, now))}",
+            f"left {format_duration(self._seconds_left(step, time))}",
         ]
         if jax.process_index() == 0:
             print("  ".join(parts), file=self._stream, flush=True)
         if not self._has_reported:
-            self._first_step, self._first_time = step, now
+            self._first_step, self._first_time = step, time
             self._has_reported = True
-        self._start_window(step, now)
+        self._start_window(step)
         return {"images_per_second": rate, "data_wait": wait}
 
-    def _seconds_left(self, step: int, now: float) -> float:
+    def _seconds_left(self, step: int, time: float) -> float:
         done = max(1, step - self._first_step)
-        return (self._total_steps - step) * (now - self._first_time) / done
+        return (self._total_steps - step) * (time - self._first_time) / done
 
-    def _start_window(self, step: int, now: float) -> None:
-        self._window_step, self._window_time = step, now
-        self._data_wait = self._paused = 0.0
+    def _start_window(self, step: int) -> None:
+        self._window_step, self._window = step, self.clock.seconds()
 
 
 def format_duration(seconds: float) -> str:

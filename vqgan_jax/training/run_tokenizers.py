@@ -77,7 +77,8 @@ def _of_run(key: str, path: str, copy: pathlib.Path, begun_with: str) -> Tokeniz
                 f"{key} {path} is another tokenizer than that of the run, {copy}. Choose another "
                 "--workdir, or the tokenizer that the run was started with."
             )
-        print(f"{key} {path} has the same codes as {copy}, which the run goes on with.")
+        if jax.process_index() == 0:
+            print(f"{key} {path} has the same codes as {copy}, which the run goes on with.")
     return kept
 
 

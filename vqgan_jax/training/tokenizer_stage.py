@@ -1,7 +1,6 @@
 """Stage 1 as the loop sees it: two players, their steps, and how the tokenizer is judged."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
 
 import jax
@@ -12,8 +11,8 @@ from vqgan_jax.data.images import prepare_images
 from vqgan_jax.data.pipeline import evaluation_batches, evaluation_images, training_batches
 from vqgan_jax.data.sources import source_of_tokenizer
 from vqgan_jax.interop.lpips import check_lpips, load_lpips
-from vqgan_jax.training.compilation import compile_options, compile_players
-from vqgan_jax.training.evaluation import evaluate, evaluation_step
+from vqgan_jax.training.compilation import compile_judge, compile_options, compile_players
+from vqgan_jax.training.evaluation import evaluate
 from vqgan_jax.training.game import Game
 from vqgan_jax.training.objectives import uses_perceptual
 from vqgan_jax.training.pictures import side_by_side
@@ -54,16 +53,15 @@ class TokenizerStage:
         )
         self.layout = state_shardings(self.abstract_state, config.sharding_rules, mesh)
         self._update_generator, self._update_discriminator = compile_players(
-            self._game, self.layout, self._rows, self._whole
+            self._game, self.layout, mesh
         )
-        compiled = functools.partial(
-            jax.jit, out_shardings=self._whole, compiler_options=compile_options()
-        )
-        self._judge = compiled(functools.partial(evaluation_step, self._game))
-        self._reconstruct = compiled(
+        self._judge = compile_judge(self._game, mesh)
+        self._reconstruct = jax.jit(
             lambda variables, images: self._game.tokenizer.apply(
                 variables, prepare_images(config, images)
-            )[0]
+            )[0],
+            out_shardings=self._whole,
+            compiler_options=compile_options(),
         )
 
     def _init(self, images):

@@ -21,9 +21,10 @@ from vqgan_jax.data.pipeline import (
 )
 from vqgan_jax.generation import Generator
 from vqgan_jax.metrics.baselines import code_frequency_bits, left_neighbour_bits
-from vqgan_jax.training.compilation import compile_options
+from vqgan_jax.models.transformer import cast_kernels
+from vqgan_jax.training.compilation import compile_options, compile_update, with_rows_of
 from vqgan_jax.training.encoding import encode_raw
-from vqgan_jax.training.hardware import forward_flops, peak_flops
+from vqgan_jax.training.hardware import chip_of, forward_flops
 from vqgan_jax.training.learner import Learner
 from vqgan_jax.training.pictures import tiled
 from vqgan_jax.training.run_tokenizers import keep_tokenizers, tokenizers_of_run
@@ -35,7 +36,7 @@ from vqgan_jax.training.transformer_setup import (
     images_config,
     resolved,
 )
-from vqgan_jax.training.transformer_step import transformer_evaluation_step, transformer_step
+from vqgan_jax.training.transformer_step import transformer_evaluation_step
 from vqgan_jax.training.warm_start import initial_params
 
 BASELINE_IMAGES = 100_000  # of the training split, for the simple models
@@ -75,13 +76,14 @@ class TransformerStage:
         self._learner = Learner.from_config(config)
         self.abstract_state = jax.eval_shape(self._learner.init)
         self.layout = state_shardings(self.abstract_state, config.sharding_rules, mesh)
-        self._update = jax.jit(
-            functools.partial(transformer_step, self._learner),
-            donate_argnums=0,
-            out_shardings=(self.layout, self._whole),
-        )
+        self._update = compile_update(self._learner, self.layout, mesh)
         self._judge = jax.jit(
-            functools.partial(transformer_evaluation_step, self._learner),
+            with_rows_of(mesh, functools.partial(transformer_evaluation_step, self._learner)),
+            out_shardings=self._whole,
+        )
+        # On every device as a whole, so as they are used: matrices are half as large in bfloat16.
+        self._for_sampling = jax.jit(
+            functools.partial(cast_kernels, dtype=self._learner.transformer.dtype),
             out_shardings=self._whole,
         )
         # From batch to codes, by the name that they have there: the images' and the conditions'.
@@ -94,11 +96,11 @@ class TransformerStage:
             for name, tokenizer in self._tokenizers.items()
         }
 
-        peak = peak_flops(mesh.devices.flat[0])
+        chip = chip_of(mesh.devices.flat[0])
         num_codes = math.prod(config.model.grid)
         flops = 3.0 * forward_flops(self._learner.transformer, num_codes)
         self._num_codes = num_codes
-        self._peak_share = flops / (peak * mesh.devices.size) if peak else None
+        self._peak_share = flops / (chip.flops * mesh.devices.size) if chip else None
 
     def batches(self, start_step: int) -> Iterator:
         """Batches for the steps from `start_step` on; its `close()` ends their threads."""
@@ -200,7 +202,7 @@ class TransformerStage:
     def pictures(self, state: TransformerState) -> np.ndarray:
         """Samples, of classes spread over all where there are any, `(H, W, 3)` uint8."""
         count = self.config.training.grid_images
-        params = jax.device_put(state.inference_params, self._whole)
+        params = self._for_sampling(state.inference_params)
         # Every process draws all of them by itself, from what its own first device has.
         params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
         generator = self._generator.with_params(params)

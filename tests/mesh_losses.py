@@ -1,0 +1,94 @@
+"""Ten steps of both stages on several meshes, as one of one or several processes.
+
+    python tests/mesh_losses.py OUTPUT RUN...
+
+A run is written `CONFIG:data,fsdp,tensor,spatial`, the config by its name here, the last axes
+left out where they are 1. Process 0 writes the metrics of every step to OUTPUT, and behind them
+the sizes of all arrays of the last state, as JSON by run. The environment is that of
+`training_runs.start` and of the tiny configs.
+"""
+
+import contextlib
+import json
+import pathlib
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+
+import tiny_config
+import tiny_transformer_config
+from vqgan_jax import distributed
+from vqgan_jax.training.loop import make_stage
+from vqgan_jax.training.sharding import AXES, make_mesh, path_name
+
+STEPS = 10
+
+
+def tokenizer(**discriminator):
+    """Adversarial from the first step on, without LPIPS, which compiles faster."""
+    config = tiny_config.get_config("float64")
+    config.model.resolution = 16
+    config.loss.perceptual = 0.0
+    config.discriminator.start = 0
+    config.discriminator.update(discriminator)
+    return config
+
+
+def ema_and_act_norm():
+    """What depends on the whole batch: statistics of codes and of the first images."""
+    config = tokenizer(norm="act", lecam=0.1)
+    config.model.quantizer.update(kind="ema", kmeans_init=True, restart_below=0.95)
+    config.optimizer.ema_decay = 0.99
+    return config
+
+
+def gumbel_and_group_norm():
+    """What is drawn at random for each image."""
+    config = tokenizer(norm="group", refresh_reconstruction=True)
+    config.model.quantizer.kind = "gumbel"
+    config.model.dropout = 0.1
+    return config
+
+
+def transformer():
+    """With classes that are left out, dropout and corrupted codes."""
+    return tiny_transformer_config.get_config("float64")
+
+
+def metrics_on(config, mesh, workdir):
+    """The metrics of every step on a mesh of all devices, and the last state's sizes."""
+    config.mesh.update(dict(zip(AXES, mesh, strict=False)))
+    config.training.num_steps = STEPS
+    stage = make_stage(config, make_mesh(config.mesh), workdir)
+    with contextlib.closing(stage.batches(0)) as batches:
+        batch, found = next(batches), []
+        state = stage.init(batch)
+        for step in range(STEPS):
+            state, metrics = stage.update(state, batch, step)
+            found.append({name: float(value) for name, value in metrics.items()})
+            batch = next(batches)
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    names = [path_name(path) for path, _ in flat]
+    sizes = jax.jit(lambda leaves: jnp.stack([jnp.linalg.norm(x.ravel()) for x in leaves]))
+    arrays = [leaf.astype(jnp.float64) for _, leaf in flat]
+    return [*found, dict(zip(names, map(float, sizes(arrays)), strict=True))]
+
+
+def main(output, *wanted):
+    """Writes what the wanted runs give."""
+    distributed.join()
+    found = {}
+    for run in wanted:
+        name, _, mesh = run.partition(":")
+        with tempfile.TemporaryDirectory() as workdir:
+            sizes = tuple(map(int, mesh.split(",")))
+            found[run] = metrics_on(globals()[name](), sizes, pathlib.Path(workdir))
+    if jax.process_index() == 0:
+        pathlib.Path(output).write_text(json.dumps(found))
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
