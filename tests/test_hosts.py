@@ -69,7 +69,7 @@ def assert_is_gone(line, victim, workdir):
 def test_a_killed_process_ends_the_other_and_one_goes_on(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     processes = runs.start_several(2, workdir, *SMALL, dtype="float64")
-    runs.wait_for_step(processes[0], workdir, 6)
+    runs.wait_for_checkpoint(processes[0], workdir)
     processes[1].kill()
     code, line, seconds = end_of(processes[0])
     runs.finish(processes[1])
@@ -84,7 +84,7 @@ def test_the_first_process_is_killed(run_inputs, tmp_path):
     """It is what all others are connected to, by way of which JAX aborts them."""
     workdir = tmp_path / "run"
     processes = runs.start_several(3, workdir, *SMALL, "--config.training.batch_size=9")
-    runs.wait_for_step(processes[0], workdir, 6)
+    runs.wait_for_checkpoint(processes[0], workdir)
     processes[0].kill()
     for process in processes[1:]:
         code, line, seconds = end_of(process)

@@ -147,6 +147,15 @@ def wait_for_step(process, workdir, step):
         time.sleep(0.01)
 
 
+def wait_for_checkpoint(process, workdir):
+    """Returns once the run in `workdir` has a whole checkpoint, which comes a while after its step."""
+    end = time.monotonic() + TIMEOUT
+    while not (workdir / "checkpoints").is_dir() or not steps(workdir):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "no checkpoint ever came"
+        time.sleep(0.01)
+
+
 def _lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
