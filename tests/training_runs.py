@@ -148,7 +148,7 @@ def wait_for_step(process, workdir, step):
 
 
 def wait_for_checkpoint(process, workdir):
-    """Returns once the run in `workdir` has a whole checkpoint, which comes a while after its step."""
+    """Returns once `workdir` has a whole checkpoint, which comes a while after its step."""
     end = time.monotonic() + TIMEOUT
     while not (workdir / "checkpoints").is_dir() or not steps(workdir):
         assert process.poll() is None, process.communicate()
