@@ -9,9 +9,13 @@ Needs the compiler for TPUs, `pip install '.[tpu]'`, but no TPU, no data and no 
 Ends with exit code 1 where a program does not fit.
 """
 
+import importlib.metadata
 import json
+import os
 import pathlib
 import runpy
+import signal
+import subprocess
 import sys
 
 import jax
@@ -41,9 +45,37 @@ _EXPLAIN = flags.DEFINE_boolean(
 _JSON = flags.DEFINE_string("json", "", "A file that all figures are written to.")
 _CACHE = flags.DEFINE_string("cache", "~/.cache/vqgan_jax/plans", "Where figures are kept.")
 
+_APART = "VQGAN_JAX_PLANS_APART"  # in the environment of the process that compiles
+
 
 def main() -> None:
-    """Plans what the flags say."""
+    """Plans what the flags say, in a process of its own."""
+    if _APART in os.environ:
+        plan_here()
+    else:
+        sys.exit(run_apart([sys.executable, "-m", "vqgan_jax.plan", *sys.argv[1:]]))
+
+
+def run_apart(command: list[str]) -> int:
+    """The exit code of a command that compiles: the compiler may crash, and its process with it.
+
+    Raises:
+        ConfigError: it did, or the system ended it.
+    """
+    code = subprocess.run(command, env=os.environ | {_APART: "1"}, check=False).returncode
+    if code == -signal.SIGKILL:
+        raise ConfigError("The planner was killed, as the system does when memory is full.")
+    if code < 0:
+        raise ConfigError(
+            f"The compiler for TPUs crashed ({signal.Signals(-code).name}) on the last slice. "
+            f"That is a fault of libtpu {importlib.metadata.version('libtpu')}, not of the config; "
+            "another mesh, batch size or version may get past it."
+        )
+    return code
+
+
+def plan_here() -> None:
+    """Plans what the flags say, in this process."""
     jax.config.update("jax_platforms", "cpu")  # a TPU that is here is not needed, and may be busy
     # A compiler for TPUs that are elsewhere writes its programs to the cache and cannot read them.
     jax.config.update("jax_enable_compilation_cache", False)

@@ -121,8 +121,8 @@ def _compiled(planned: Planned, topology: str, cache: pathlib.Path | None) -> Co
     options = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
     key = hashlib.sha256("\n".join([*versions, *options, topology, source]).encode()).hexdigest()
     file = cache / f"{key}.json.gz" if cache else None
-    if file is not None and file.exists():
-        return Compilation(**json.loads(gzip.decompress(file.read_bytes())))
+    if file is not None and (kept := _read(file)):
+        return kept
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -142,6 +142,14 @@ def _compiled(planned: Planned, topology: str, cache: pathlib.Path | None) -> Co
         partial.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(compilation)).encode()))
         partial.rename(file)
     return compilation
+
+
+def _read(file: pathlib.Path) -> Compilation | None:
+    """None where there is no such file, or none that is whole and of this version."""
+    try:
+        return Compilation(**json.loads(gzip.decompress(file.read_bytes())))
+    except (OSError, EOFError, ValueError, TypeError):
+        return None
 
 
 def _fill(figures: Figures, compilation: Compilation, planned: Planned, chip: Chip) -> None:
