@@ -27,10 +27,9 @@ STEPS = 10
 
 
 def tokenizer(**discriminator):
-    """Adversarial from the first step on, without LPIPS, which compiles faster."""
+    """Adversarial from the first step on, without LPIPS."""
     config = tiny_config.get_config("float64")
-    config.model.resolution = 16
-    config.loss.perceptual = 0.0
+    config.training.num_steps = STEPS
     config.discriminator.start = 0
     config.discriminator.update(discriminator)
     return config
@@ -52,20 +51,30 @@ def gumbel_and_group_norm():
     return config
 
 
+def perceptual():
+    """With LPIPS, whose images have 32 pixels at least, for a few steps."""
+    config = tokenizer(norm="group")
+    config.model.resolution = 32
+    config.loss.perceptual = 1.0
+    config.training.num_steps = 3
+    return config
+
+
 def transformer():
     """With classes that are left out, dropout and corrupted codes."""
-    return tiny_transformer_config.get_config("float64")
+    config = tiny_transformer_config.get_config("float64")
+    config.training.num_steps = STEPS
+    return config
 
 
 def metrics_on(config, mesh, workdir):
     """The metrics of every step on a mesh of all devices, and the last state's sizes."""
     config.mesh.update(dict(zip(AXES, mesh, strict=False)))
-    config.training.num_steps = STEPS
     stage = make_stage(config, make_mesh(config.mesh), workdir)
     with contextlib.closing(stage.batches(0)) as batches:
         batch, found = next(batches), []
         state = stage.init(batch)
-        for step in range(STEPS):
+        for step in range(config.training.num_steps):
             state, metrics = stage.update(state, batch, step)
             found.append({name: float(value) for name, value in metrics.items()})
             batch = next(batches)

@@ -110,7 +110,7 @@ def test_training_goes_on_bit_for_bit(place, reference_run, tmp_path):
             {"do": "terminate", "after": [metrics, '{"step": 8,']},
         ],
     }
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    flags = runs.compiler_flags(devices=1)
     command = ("--", "vqgan_jax.train", f"--config={runs.CONFIG}:float32", f"--workdir={workdir}")
     result = launch(
         place, plan=plan, command=command, XLA_FLAGS=flags, PYTHONPATH="", JAX_ENABLE_X64="0"

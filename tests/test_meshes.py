@@ -16,13 +16,13 @@ pytestmark = pytest.mark.xdist_group("processes")
 MESHES = ("8,1,1", "1,8,1", "1,1,8", "2,2,2")
 BOTH = [f"{stage}:{mesh}" for mesh in MESHES for stage in ("tokenizer", "transformer")]
 OTHERS = ["ema_and_act_norm:4,2,1", "gumbel_and_group_norm:8,1,1", "tokenizer:2,2,1,2"]
+OTHERS += ["perceptual:8,1,1"]
 
 
 def start(output, wanted, devices, process=None):
     """`mesh_losses.py` as a process of its own; `process` as of `training_runs.start`."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-        " --xla_backend_optimization_level=0",  # as in `conftest.py`
+        "XLA_FLAGS": runs.compiler_flags(devices),
         "PYTHONPATH": f"{runs.ROOT}{os.pathsep}{runs.ROOT / 'tests'}",
         "JAX_ENABLE_X64": "1",
     }

@@ -176,7 +176,8 @@ def test_rules_that_cannot_be(rule, message):
 
 
 def test_rows_of_pixels_that_cannot_be_split():
-    with pytest.raises(ConfigError, match=r"config\.mesh\.spatial is 3"):
-        validate(small_tokenizer(spatial=3))
+    for spatial in (3, -1):
+        with pytest.raises(ConfigError, match=rf"config\.mesh\.spatial is {spatial}"):
+            validate(small_tokenizer(spatial=spatial))
     with pytest.raises(ConfigError, match="only tokenizers"):
         validate(small_transformer(spatial=2))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -67,10 +68,8 @@ def start(
     `process` is (index, count, port) for one of several processes of a run; `variables` are more of
     the environment.
     """
-    # As in `conftest.py`; products in float64 are slow where nothing is optimised.
-    unoptimised = " --xla_backend_optimization_level=0" if dtype != "float64" else ""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}{unoptimised}",
+        "XLA_FLAGS": compiler_flags(devices),
         "PYTHONPATH": str(ROOT),
         "JAX_ENABLE_X64": str(int(dtype == "float64")),
     }
@@ -84,6 +83,11 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def compiler_flags(devices):
+    """Those of the tests, for another number of devices."""
+    return re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
 
 
 def process_environment(index, count, port):

@@ -146,8 +146,8 @@ def validate_tokenizer(config: ConfigDict) -> None:
         _validate_convolutional(config)
     factor = downsampling_factor(model)
     require(
-        model.resolution // factor % max(1, config.mesh.spatial) == 0,
-        f"config.mesh.spatial is {config.mesh.spatial}, which does not divide the "
+        config.mesh.spatial > 0 and model.resolution // factor % config.mesh.spatial == 0,
+        f"config.mesh.spatial is {config.mesh.spatial}; take a number of devices that divides the "
         f"{model.resolution // factor} rows of codes of an image.",
     )
     require(

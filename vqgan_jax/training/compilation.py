@@ -23,17 +23,29 @@ def compile_options() -> dict[str, str] | None:
     use a second core. Matrix products are faster in them, so transformers go without this.
     Options come and go with the compiler's version, so it is asked first.
     """
-    return _cpu_options() if backend() == "cpu" else None
+    return _on_cpu("xla_cpu_experimental_ynn_fusion_type", "")
+
+
+def _on_cpu(name: str, value: str | int) -> dict[str, str | int] | None:
+    return {name: value} if backend() == "cpu" and _is_option(name, value) else None
 
 
 @functools.cache
-def _cpu_options() -> dict[str, str] | None:
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+def _is_option(name: str, value: str | int) -> bool:
     try:
-        jax.jit(lambda x: x + 1, compiler_options=options)(0)
+        jax.jit(lambda x: x + 1, compiler_options={name: value})(0)
     except Exception:  # the kind of error differs between versions
-        return None
-    return options
+        return False
+    return True
+
+
+def compile_init(init: Callable, state_layout) -> Callable:
+    """What makes a state, each array where it lies.
+
+    It runs once: on the CPU it is not optimised, which would take many times what it then saves.
+    """
+    options = _on_cpu("xla_backend_optimization_level", 0)
+    return jax.jit(init, out_shardings=state_layout, compiler_options=options)
 
 
 def with_rows_of(mesh: Mesh, function: Callable) -> Callable:

@@ -11,7 +11,12 @@ from vqgan_jax.data.images import prepare_images
 from vqgan_jax.data.pipeline import evaluation_batches, evaluation_images, training_batches
 from vqgan_jax.data.sources import source_of_tokenizer
 from vqgan_jax.interop.lpips import check_lpips, load_lpips
-from vqgan_jax.training.compilation import compile_judge, compile_options, compile_players
+from vqgan_jax.training.compilation import (
+    compile_init,
+    compile_judge,
+    compile_options,
+    compile_players,
+)
 from vqgan_jax.training.evaluation import evaluate
 from vqgan_jax.training.game import Game
 from vqgan_jax.training.objectives import uses_perceptual
@@ -73,7 +78,7 @@ class TokenizerStage:
 
     def init(self, batch) -> TokenizerState:
         """The state before the first step, born on the devices; `batch` is the first one."""
-        state = jax.jit(self._init, out_shardings=self.layout)(batch["image"])
+        state = compile_init(self._init, self.layout)(batch["image"])
         if self.config.training.initialize_from:
             path = self.config.training.initialize_from
             state = start_from(path, self._game, state, self.layout)

@@ -22,7 +22,12 @@ from vqgan_jax.data.pipeline import (
 from vqgan_jax.generation import Generator
 from vqgan_jax.metrics.baselines import code_frequency_bits, left_neighbour_bits
 from vqgan_jax.models.transformer import cast_kernels
-from vqgan_jax.training.compilation import compile_options, compile_update, with_rows_of
+from vqgan_jax.training.compilation import (
+    compile_init,
+    compile_options,
+    compile_update,
+    with_rows_of,
+)
 from vqgan_jax.training.encoding import encode_raw
 from vqgan_jax.training.hardware import chip_of, forward_flops
 from vqgan_jax.training.learner import Learner
@@ -116,9 +121,9 @@ class TransformerStage:
         path = self.config.training.initialize_from
         if path:
             params = initial_params(path, self.abstract_state.params)
-            state = jax.jit(self._learner.init_from, out_shardings=self.layout)(params)
+            state = compile_init(self._learner.init_from, self.layout)(params)
         else:
-            state = jax.jit(self._learner.init, out_shardings=self.layout)()
+            state = compile_init(self._learner.init, self.layout)()
         # Not before all checks: a run that cannot begin leaves no tokenizer to the next try.
         keep_tokenizers(self._tokenizer, self._of_conditions, self._workdir)
         return state
