@@ -53,7 +53,8 @@ def main() -> None:
     if _APART in os.environ:
         plan_here()
     else:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # both processes end
+        # So that the other process ends too.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         sys.exit(run_apart([sys.executable, "-m", "vqgan_jax.plan", *sys.argv[1:]]))
 
 
