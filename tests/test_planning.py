@@ -100,6 +100,13 @@ def test_fully_sharded_steps_on_tpus_gather_one_layer_at_a_time(quick_compiler, 
     assert 0 < total <= 6 * planned.bytes_held["parameters"] * mesh.size
 
 
+def test_dropout_of_attention_in_blocks_that_are_computed_again():
+    """In bfloat16 the compiler needs help with it, or crashes."""
+    config = small_transformer(batch_size=16)
+    config.model.update(num_heads=4, attention_dropout=0.1, remat=True, grid=(8, 8))
+    assert product_flops(config) > 0
+
+
 def test_a_device_is_a_chip_where_its_cores_are_one():
     topology = Topology.named("v4:2x2x1")
     assert len(topology.devices) == 4 and topology.chip.flops == 275e12

@@ -113,7 +113,9 @@ class SelfAttention(nn.Module):
         logits *= query.shape[-1] ** -0.5
         logits = jnp.where(causal_mask(query.shape[1], num_unmasked), logits, -jnp.inf)
         weights = nn.Dropout(self.dropout)(jax.nn.softmax(logits, axis=-1), deterministic=False)
-        return jnp.einsum("b n q k, b k n h -> b q n h", weights.astype(self.dtype), value)
+        # Without the barrier, the TPU's compiler crashes where blocks are computed again.
+        weights = jax.lax.optimization_barrier(weights.astype(self.dtype))
+        return jnp.einsum("b n q k, b k n h -> b q n h", weights, value)
 
 
 def attend_to_cache(query, keys, values, index) -> jax.Array:
