@@ -29,10 +29,9 @@ STEPS = 10
 
 
 def tokenizer(**discriminator):
-    """Adversarial from the first step on, without LPIPS."""
+    """With what its discriminator has otherwise."""
     config = tiny_config.get_config("float64")
     config.training.num_steps = STEPS
-    config.discriminator.start = 0
     config.discriminator.update(discriminator)
     return config
 
@@ -45,18 +44,11 @@ def ema_and_act_norm():
     return config
 
 
-def gumbel_and_group_norm():
-    """What is drawn at random for each image."""
+def gumbel_and_perceptual():
+    """What is drawn at random for each image, and LPIPS, for a few steps of larger images."""
     config = tokenizer(norm="group", refresh_reconstruction=True)
+    config.model.update(resolution=32, dropout=0.1)
     config.model.quantizer.kind = "gumbel"
-    config.model.dropout = 0.1
-    return config
-
-
-def perceptual():
-    """With LPIPS, whose images have 32 pixels at least, for a few steps."""
-    config = tokenizer(norm="group")
-    config.model.resolution = 32
     config.loss.perceptual = 1.0
     config.training.num_steps = 3
     return config

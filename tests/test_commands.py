@@ -23,6 +23,7 @@ def get_config(arg=""):
     return config
 """
 TINY = str(runs.CONFIG)
+LPIPS = {"loss.perceptual": 1.0}
 FILES = {
     "syntax.py": "def get_config(:\n",
     "nothing.py": "x = 1\n",
@@ -104,23 +105,23 @@ def test_help(run_inputs, tmp_path):
         ({"data.train_split": "trian"}, DataError, "no split 'trian'; it has"),
         ({"data.validation_split": "valid"}, DataError, "no split 'valid'; it has"),
         ({"data.image_key": "pixels"}, DataError, "has no pictures of the feature 'pixels'"),
-        ({"data.resize": -1, "data.name": "folder:SMALL"}, DataError, "too few for a crop of 32"),
-        ({"data.resize": 16}, DataError, "config.data.resize is 16"),
-        ({"model.resolution": 33}, ConfigError, "factor 2 does not divide; take 32."),
-        ({"model.channels": 40}, ConfigError, "num_groups 32 does not divide"),
+        ({"data.resize": -1, "data.name": "folder:SMALL"}, DataError, "too few for a crop of 16"),
+        ({"data.resize": 8}, DataError, "config.data.resize is 8"),
+        ({"model.resolution": 17}, ConfigError, "factor 2 does not divide; take 16."),
+        ({"model.channels": 10}, ConfigError, "num_groups 4 does not divide"),
         ({"model.quantizer.kind": "nearst"}, ConfigError, "one of nearest, ema, gumbel"),
         ({"training.batch_size": 0}, ConfigError, "config.training.batch_size is 0"),
         ({"training.batch_size": 12}, ConfigError, "8 data-parallel devices do not divide"),
         ({"optimizer.accumulate": 3}, ConfigError, "config.optimizer.accumulate 3"),
         ({"mesh.fsdp": 3}, ConfigError, "does not fit 8 devices"),
-        ({"loss.perceptual_network.path": "none"}, DataError, "Cannot read the perceptual weights"),
-        ({"loss.perceptual_network.sha256": "0"}, DataError, "expected 0"),
+        (LPIPS | {"loss.perceptual_network.path": "none"}, DataError, "Cannot read the perceptual"),
+        (LPIPS | {"loss.perceptual_network.sha256": "0"}, DataError, "expected 0"),
     ],
 )
 def test_bad_config(run_inputs, tmp_path, changes, error, words):
     from tiny_config import get_config
 
-    for name, size in (("SMALL", 24), ("EMPTY", 0)):
+    for name, size in (("SMALL", 12), ("EMPTY", 0)):
         (tmp_path / name).mkdir()
         for i in range(40 if size else 0):
             pixels = np.full((size, size, 3), i, np.uint8)
@@ -142,7 +143,7 @@ def test_training_image_smaller_than_the_crop(run_inputs, tmp_path):
     """Found when the first batch is read, which is before anything is written too."""
     from tiny_config import get_config
 
-    for split, size in (("train", 24), ("validation", 40)):
+    for split, size in (("train", 12), ("validation", 20)):
         folder = tmp_path / "images" / split
         folder.mkdir(parents=True)
         for i in range(9):
@@ -150,7 +151,7 @@ def test_training_image_smaller_than_the_crop(run_inputs, tmp_path):
     config = get_config()
     config.data.name = f"folder:{tmp_path}/images"
     config.data.resize = -1
-    with pytest.raises(DataError, match="24 x 24 pixels are too few for a crop of 32"):
+    with pytest.raises(DataError, match="12 x 12 pixels are too few for a crop of 16"):
         loop.train(config, tmp_path / "run", jax.devices())
     assert not (tmp_path / "run").exists()
 
@@ -179,7 +180,7 @@ def test_no_deprecation_warnings(run_inputs, tmp_path):
     paths = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "tests")])
     environment = os.environ | {
         "PYTHONPATH": paths,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": runs.compiler_flags(devices=1),
     }
     result = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600

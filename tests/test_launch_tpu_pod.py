@@ -100,14 +100,15 @@ def test_interruptions_in_a_row(place):
 
 
 def test_training_goes_on_bit_for_bit(place, reference_run, tmp_path):
-    """The VM is gone after step 3, SIGTERM comes after step 8; the end is as without both."""
+    """The VM is gone after step 4 is stored, SIGTERM comes after step 9; the end is the same."""
     workdir = tmp_path / "run"
+    stored = str(workdir / "checkpoints" / "4" / "commit_success.txt")
     metrics = str(workdir / "metrics.jsonl")
     plan = {
         "program": sys.executable,
         "run": [
-            {"do": "preempt", "after": [metrics, '{"step": 3,']},
-            {"do": "terminate", "after": [metrics, '{"step": 8,']},
+            {"do": "preempt", "after": [stored, ""]},
+            {"do": "terminate", "after": [metrics, '{"step": 9,']},
         ],
     }
     flags = runs.compiler_flags(devices=1)

@@ -15,8 +15,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 
 MESHES = ("2,2,2", "8,1,1", "1,8,1", "1,1,8")  # on the first one states are born
 BOTH = [f"{stage}:{mesh}" for mesh in MESHES for stage in ("tokenizer", "transformer")]
-OTHERS = ["ema_and_act_norm:4,2,1", "gumbel_and_group_norm:8,1,1", "tokenizer:2,2,1,2"]
-OTHERS += ["perceptual:8,1,1"]
+OTHERS = ["ema_and_act_norm:4,2,1", "gumbel_and_perceptual:8,1,1", "tokenizer:2,2,1,2"]
 
 
 def start(output, wanted, devices, process=None):

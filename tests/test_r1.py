@@ -206,16 +206,17 @@ def test_accumulated_and_on_eight_devices_as_at_once(float64):
 
 def test_resumed_run_is_the_same_bit_for_bit(run_inputs, tmp_path):
     config = get_config()
-    config.model.resolution = 16
-    config.loss.perceptual = 0.0
     config.discriminator.update(kind="stylegan", base_channels=128, max_channels=8, start=1)
     config.discriminator.update(loss="non_saturating", adaptive_weight=False, weight=0.1)
     config.discriminator.update(r1=10.0, r1_interval=3, lecam=0.001)
     config.training.update(num_steps=8, evaluate_every=100, checkpoint_every=2)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train(config, whole, jax.devices()[:1])
-    with_term = [line["step"] for line in runs.metrics(whole) if "raw/r1" in line]
-    assert with_term == [3, 6]
+    with_game, with_term = (
+        [line["step"] for line in runs.metrics(whole) if name in line]
+        for name in ("loss/discriminator", "raw/r1")
+    )
+    assert with_game == list(range(2, 9)) and with_term == [3, 6]
     runs.copy_until(whole, resumed, 4)
     train(config, resumed, jax.devices()[:1])
     runs.assert_same_run(resumed, whole, 8)

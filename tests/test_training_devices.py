@@ -21,10 +21,9 @@ LAST = 14
 GLOBAL_STATISTICS = "discriminator/batch_stats/"
 
 
-def adversarial(**discriminator):
-    """Ten steps that are adversarial from the first on."""
+def ten_steps(**discriminator):
+    """With what its discriminator has otherwise."""
     config = get_config("float64")
-    config.discriminator.start = 0
     config.discriminator.update(discriminator)
     config.training.num_steps = 10
     config.training.evaluate_every = 100  # and at the end
@@ -91,7 +90,7 @@ def test_split_parameters(float64, reference_run_in_float64, tmp_path, capsys):
 def test_accumulated_gradients(float64, run_inputs, tmp_path):
     """One batch of 8, or four of 2 before the update; nothing here sees a batch as a whole."""
     for count in (1, 4):
-        config = adversarial(norm="group", adaptive_weight=False)
+        config = ten_steps(norm="group", adaptive_weight=False)
         config.optimizer.accumulate = count
         train(config, tmp_path / str(count), jax.devices()[:1])
     # The codes that a batch uses are those of a micro-batch.

@@ -17,8 +17,8 @@ LAST = 14
 
 @pytest.fixture
 def interrupted(reference_run, tmp_path):
-    """The reference run as it was after the checkpoint of step 4, in the adversarial game."""
-    return runs.copy_until(reference_run, tmp_path / "run", 4)
+    """The reference run as it was after its second checkpoint."""
+    return runs.copy_until(reference_run, tmp_path / "run", 8)
 
 
 def test_killed_at_a_random_moment(reference_run, tmp_path):
@@ -63,15 +63,15 @@ def test_finished_run_changes_nothing(reference_run):
 
 
 def test_truncated_checkpoint_is_set_aside(reference_run, tmp_path):
-    workdir = runs.copy_until(reference_run, tmp_path / "run", 10)
-    damaged = workdir / "checkpoints" / "10"
+    workdir = runs.copy_until(reference_run, tmp_path / "run", 12)
+    damaged = workdir / "checkpoints" / "12"
     truncate_largest_file(damaged)
     output, errors = runs.run(workdir)
     assert "Going on from step 8 " in output
     assert f"The checkpoint {damaged} is damaged" in errors
-    assert "renamed to 10.damaged and the one before it is used." in errors
+    assert "renamed to 12.damaged and the one before it is used." in errors
     assert len(errors.splitlines()) == 1
-    assert damaged.with_name("10.damaged").is_dir()
+    assert damaged.with_name("12.damaged").is_dir()
     runs.assert_same_run(workdir, reference_run, LAST)
 
 
@@ -83,14 +83,14 @@ def test_all_checkpoints_damaged(interrupted):
         line = runs.fails(interrupted)
         assert "None of the checkpoints in" in line and "choose another --workdir" in line.lower()
         names = sorted(path.name for path in (interrupted / "checkpoints").iterdir())
-        assert names == ["2.damaged", "4.damaged"]
+        assert names == ["4.damaged", "7.damaged", "8.damaged"]
         assert runs.metrics(interrupted) == lines
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ("--config.model.latent_channels=64", "model.latent_channels is 32 there and 64 here"),
+        ("--config.model.latent_channels=16", "model.latent_channels is 8 there and 16 here"),
         ("--config.optimizer.ema_decay=0.99", "another training state"),
         ("--config.discriminator.num_layers=2", "another training state"),
     ],
@@ -109,7 +109,7 @@ def test_diverged_run_stops(interrupted):
         "--config.optimizer.learning_rate=1e30",
         "--config.training.checkpoint_every=100",
     )
-    assert line.startswith("error: Step 6: ") and "loss/total is " in line
+    assert line.startswith("error: Step 10: ") and "loss/total is " in line
     assert "lower config.optimizer.learning_rate" in line
     assert runs.fingerprint(interrupted / "checkpoints") == before
 
@@ -125,7 +125,7 @@ def test_no_space_left(interrupted, tmp_path):
     try:
         workdir = disk / "run"
         shutil.copytree(interrupted, workdir)
-        room = shutil.disk_usage(disk).free - 2**20
+        room = shutil.disk_usage(disk).free - 2**16
         (disk / "ballast").write_bytes(bytes(room))
         before = runs.fingerprint(workdir / "checkpoints")
         line = runs.fails(workdir)
@@ -137,10 +137,10 @@ def test_no_space_left(interrupted, tmp_path):
 
 
 def test_write_that_fails_half_way(reference_run, interrupted):
-    """No file may grow beyond 256 KiB, as where a quota is used up, until the second attempt."""
+    """No file may grow beyond 32 KiB, as where a quota is used up, until the second attempt."""
     before = runs.fingerprint(interrupted / "checkpoints")
     process = runs.start(interrupted)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**18, 2**18))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**15, 2**15))
     code, _, errors = runs.finish(process)
     assert code == 1
     assert errors.startswith("error: Cannot write a checkpoint to") and errors.count("\n") == 1
