@@ -17,7 +17,7 @@ LAST = 14
 
 @pytest.fixture
 def interrupted(reference_run, tmp_path):
-    """The reference run as it was after its second checkpoint."""
+    """The reference run as it was after the checkpoint of step 8."""
     return runs.copy_until(reference_run, tmp_path / "run", 8)
 
 
