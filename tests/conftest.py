@@ -29,6 +29,28 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
+# Fixtures that take long to make, each once for all processes.
+_RUNS = ("reference_run", "reference_run_in_float64", "transformer_run")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests with the same long fixture are one worker's: others would wait, or make it again."""
+    for item in items:
+        if item.get_closest_marker("xdist_group"):
+            continue
+        found = [name for name in _RUNS if name in item.fixturenames]
+        if not found and _of_module(item):
+            found = [item.path.stem]
+        if found:
+            item.add_marker(pytest.mark.xdist_group(found[0]))
+
+
+def _of_module(item):
+    """Whether it has a fixture that its module's tests share."""
+    known = item._fixtureinfo.name2fixturedefs
+    return any(made[-1].scope == "module" and made[-1].baseid for made in known.values())
+
+
 @pytest.fixture(scope="session")
 def shared_directory(tmp_path_factory):
     """A directory of this test session that all its processes share."""

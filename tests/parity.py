@@ -220,7 +220,11 @@ def replay_training(golden: Mapping[str, np.ndarray], meta: Mapping) -> dict[str
     discriminator = in_precision(discriminator_from_state_dict(state_dict, config))
     batches = [nhwc(x) for x in golden["x"]]
 
-    results = {f"fwd/{k}": v for k, v in forward(game, variables, perceptual, batches[0]).items()}
+    found = jax.jit(lambda *arrays: forward(game, *arrays))(variables, perceptual, batches[0])
+    results = {
+        f"fwd/{key}": nchw(value) if value.ndim == 4 and key != "lpips" else value
+        for key, value in found.items()
+    }
     if any(k.endswith(".initialized") and not v.any() for k, v in state_dict.items()):
         # ActNorm meets its first batch in the generator's half of the first step.
         reconstructions = game.tokenizer.apply(variables, batches[0])[0]
@@ -259,13 +263,12 @@ def replay_training(golden: Mapping[str, np.ndarray], meta: Mapping) -> dict[str
     )
     for name, value in final.items():
         results[f"final/norm/{name}"] = np.linalg.norm(np.asarray(value, np.float64))
-    reconstructions = game.tokenizer.apply({"params": players[0].params}, batches[0])[0]
-    logits = game.discriminator.apply(
-        {"params": players[1].params, "batch_stats": players[1].batch_stats}, batches[0]
-    )
+    reconstruct = jax.jit(lambda *arrays: game.tokenizer.apply(*arrays)[0])
+    discriminate = jax.jit(lambda *arrays: game.discriminator.apply(*arrays))
+    variables = {"params": players[1].params, "batch_stats": players[1].batch_stats}
     return results | {
-        "final/reconstruction": nchw(reconstructions),
-        "final/disc_eval": nchw(logits),
+        "final/reconstruction": nchw(reconstruct({"params": players[0].params}, batches[0])),
+        "final/disc_eval": nchw(discriminate(variables, batches[0])),
     }
 
 
@@ -304,20 +307,20 @@ def both_players(game: Game, state: TokenizerState, images, perceptual):
     return state, logged, {"g": generator_gradients, "d": discriminator_gradients}
 
 
-def forward(game: Game, variables, perceptual, images) -> dict[str, np.ndarray]:
-    """What the reference computes between an image and its reconstruction."""
+def forward(game: Game, variables, perceptual, images) -> dict[str, jax.Array]:
+    """What the reference computes between an image and its reconstruction, channels last."""
     bound = game.tokenizer.bind(variables)
     encoder = bound.encoder(images)
     reconstructions, quantized = bound(images)
     distance = game.perceptual.apply({"params": perceptual}, images, reconstructions)
     return {
-        "encoder": nchw(encoder),
-        "pre_quant": nchw(bound.latents(images)),
-        "indices": np.asarray(quantized.codes),
-        "quant": nchw(quantized.vectors),
+        "encoder": encoder,
+        "pre_quant": bound.latents(images),
+        "indices": quantized.codes,
+        "quant": quantized.vectors,
         "codebook_loss": 1.25 * jnp.mean(jnp.square(quantized.latents - quantized.vectors)),
-        "reconstruction": nchw(reconstructions),
-        "lpips": np.asarray(distance)[:, None, None, None],
+        "reconstruction": reconstructions,
+        "lpips": distance[:, None, None, None],
     }
 
 

@@ -18,8 +18,8 @@ from vqgan_jax.data.code_batches import evaluation_code_batches, training_code_b
 from vqgan_jax.data.code_manifest import CodesInfo, ConditionInfo
 from vqgan_jax.data.code_writer import CodeWriter
 from vqgan_jax.data.codes import check_codes, open_codes
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.transforms import Transform
+from vqgan_jax.errors import DataError
 
 COUNT, VIEWS = 50, 3
 FACTS = CodesInfo(
@@ -314,6 +314,7 @@ def test_codes_of_the_first_version_are_read(directory, copy):
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest.pop("conditions") == [] and manifest.pop("depth") == 1
+    assert manifest.pop("sha256") and manifest.pop("folder_rules") == 1
     for shard in manifest["shards"]:
         assert shard.pop("conditions") == {}
     path.write_text(json.dumps(manifest | {"version": 1}, indent=1))
@@ -441,6 +442,10 @@ def test_missing_and_truncated_files_are_named(copy):
 def test_manifests_that_cannot_be_used(copy, tmp_path):
     path = copy / "manifest.json"
     good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | {"count": good["count"] - 1}))
+    with pytest.raises(DataError, match="its SHA-256 is not that of its values"):
+        open_codes(copy)
+    del good["sha256"]  # as in older ones
 
     def refused(text):
         path.write_text(text)
@@ -455,7 +460,9 @@ def test_manifests_that_cannot_be_used(copy, tmp_path):
     assert "describes no codes" in refused(json.dumps({"a": 1}))
     assert "is damaged" in refused("{")
     assert "is damaged" in refused("[]")
-    assert "is damaged: 'grid'" in refused(json.dumps({k: good[k] for k in good if k != "grid"}))
+    without_grid = {key: value for key, value in good.items() if key != "grid"}
+    line = refused(json.dumps(without_grid))
+    assert "is damaged: Object missing required field `grid`" in line
     assert "its 4 shards" in refused(json.dumps(good | {"shards": good["shards"][:3]}))
     path.unlink()
     with pytest.raises(DataError, match="holds no codes: it has no manifest.json"):

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import os
-import subprocess
 import sys
 
 import jax
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import programs
 import training_runs as runs
 from vqgan_jax.configuration import ConfigError
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.training import loop
 
 UNKNOWN_KEY = """\
@@ -57,9 +57,7 @@ def train(directory, arguments):
     """The finished `python -m vqgan_jax.train`, started in `directory` on one device."""
     environment = os.environ | {"PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": ""}
     command = [sys.executable, "-m", "vqgan_jax.train", *arguments]
-    return subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return programs.run(command, cwd=directory, env=environment, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +162,7 @@ def test_workdir_that_cannot_be_written(run_inputs, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_no_deprecation_warnings(run_inputs, tmp_path):
     """Two steps, an evaluation and a checkpoint, where any such warning of ours is an error."""
     workdir = tmp_path / "run"
@@ -182,8 +181,6 @@ def test_no_deprecation_warnings(run_inputs, tmp_path):
         "PYTHONPATH": paths,
         "XLA_FLAGS": runs.compiler_flags(devices=1),
     }
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600
-    )
+    result = programs.run([sys.executable, "-c", script], env=environment, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
     assert runs.steps(workdir)[-1] == 3

@@ -19,7 +19,7 @@ from vqgan_jax.conditions.files import read_known_part
 from vqgan_jax.conditions.image_codes import ImageCodes
 from vqgan_jax.conditions.kinds import Conditions
 from vqgan_jax.configuration import ConfigError, add_condition_image
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.sample import sample, split_conditions
 from vqgan_jax.tokenize import tokenize
 from vqgan_jax.training.checkpoints import write_export
@@ -138,6 +138,7 @@ def metrics_of(workdir):
     return [[line[name] for line in lines if name in line] for name in names]
 
 
+@pytest.mark.slow
 def test_images_and_stored_codes_train_the_same(inputs, trained, tmp_path):
     """The same conditions by way of the disk and by way of the frozen tokenizers."""
     config = stage2.from_images(config_of(inputs))
@@ -173,6 +174,7 @@ def rows_of(inputs, generator):
     return codes, {"segmentation": maps, "edges": edges, "class": names}
 
 
+@pytest.mark.slow
 def test_larger_images_see_their_own_conditions(generator):
     """Through the sliding window, by a label map and edges of the whole image."""
     label_map = np.arange(24 * 40).reshape(24, 40) % LABELS
@@ -195,6 +197,7 @@ def test_larger_images_see_their_own_conditions(generator):
     assert np.any(codes != other)
 
 
+@pytest.mark.slow
 def test_completion_keeps_what_is_known(generator):
     label_map, edges = np.zeros((24, 16), int), np.zeros((24, 16, 3), np.uint8)
     known = np.arange(24, dtype=np.int32) % CODEBOOK
@@ -210,6 +213,7 @@ def test_completion_keeps_what_is_known(generator):
     assert len(np.unique(codes[:, ~mask], axis=0)) == 3
 
 
+@pytest.mark.slow
 def test_no_condition_is_all_of_them_left_out(generator):
     """The tiny config leaves them out in training all together: all may be missing, not some."""
     assert generator.sample_codes(num_samples=2).shape == (2, 16)
@@ -224,6 +228,7 @@ def test_no_condition_is_all_of_them_left_out(generator):
     assert "needs the condition segmentation, edges" in assert_one_line(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -255,7 +260,13 @@ def test_wrong_conditions_are_named(generator, change, words):
     [
         (lambda c: c.condition.update(kinds=("relief",)), "has 'relief'; there are class"),
         (lambda c: c.condition.update(kinds=("class", "class")), "a kind twice"),
-        (lambda c: c.condition.images.edges.update(tokenizer="/nowhere"), "There is no /nowhere"),
+        (
+            lambda c: (
+                c.condition.images.edges.update(tokenizer="/nowhere"),
+                c.data.update(codes=""),
+            ),
+            "There is no /nowhere",
+        ),
         (lambda c: c.condition.coordinates.update(intervals=50), "vocabulary is 101; 51 is"),
         (lambda c: c.condition.images.edges.update(tokenizer=""), "needs the path of its"),
         (lambda c: c.condition.images.edges.update(derive="lines"), "derive is 'lines'"),
@@ -295,6 +306,7 @@ def files(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_command_completes_and_animates(trained, generator, files):
     conditions = {"segmentation": f"{files}/map.png", "edges": f"{files}/edges.png"}
     options = dict(classes=["sea"], batch_size=1, height=24, conditions=conditions)
@@ -340,6 +352,7 @@ def white_behind(path):
     return (np.asarray(white.convert("RGB"))[None] / np.float32(127.5) - 1).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -370,6 +383,7 @@ def test_kinds_of_the_command_line():
         assert words in assert_one_line(error)
 
 
+@pytest.mark.slow
 def test_the_file_of_a_folder_that_is_wrong_is_named(trained, files):
     folder = files / "maps"
     folder.mkdir()
@@ -411,6 +425,7 @@ def test_transparent_parts_are_turned_with_the_image(tmp_path):
     np.testing.assert_array_equal(known, KNOWN < 8)
 
 
+@pytest.mark.slow
 def test_sizes_that_do_not_fit(trained, files):
     conditions = {"segmentation": f"{files}/map.png", "edges": f"{files}/edges.png"}
     with pytest.raises(DataError) as error:

@@ -16,8 +16,8 @@ from transformer_runs import CODEBOOK, SIDE, assert_one_line, tiny_config
 from vqgan_jax.conditions.files import read_conditions
 from vqgan_jax.configuration import add_condition_image
 from vqgan_jax.data.codes import open_codes
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.images import prepare_images, to_grey
+from vqgan_jax.errors import DataError
 from vqgan_jax.sample import sample
 from vqgan_jax.tokenize import tokenize
 from vqgan_jax.training.checkpoints import write_export
@@ -114,6 +114,7 @@ def generator(trained):
     return vqgan_jax.load(trained)
 
 
+@pytest.mark.slow
 def test_depth_has_the_same_codes_everywhere(inputs, generator, tmp_path):
     """On disk, in training from images, and in sampling: those of what NumPy makes of the files."""
     pictures = scaled(depth_of(inputs.directory, "validation"))
@@ -147,6 +148,7 @@ def test_depth_has_the_same_codes_everywhere(inputs, generator, tmp_path):
     np.testing.assert_array_equal(rows["depth"].reshape(11, 4), expected)
 
 
+@pytest.mark.slow
 def test_both_ways_of_training(inputs, trained, generator, tmp_path):
     """The run is straight from images; its figures are those of the codes on disk, which fit."""
     stage = open_stage(config_of(inputs), tmp_path)
@@ -159,6 +161,7 @@ def test_both_ways_of_training(inputs, trained, generator, tmp_path):
     assert figures["bits_per_code"] == pytest.approx(-logs.mean() / np.log(2), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_draws_after_a_file(inputs, trained, generator, tmp_path):
     path = min((inputs.images / "depth" / "validation").rglob("*.png"))
     sample(str(trained), tmp_path / "output", 1, conditions={"depth": str(path)})
@@ -168,6 +171,7 @@ def test_the_command_draws_after_a_file(inputs, trained, generator, tmp_path):
     assert np.abs(found - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_larger_images_see_their_own_depth(generator):
     depth = np.random.default_rng(0).integers(0, 256, (24, 32, 1), np.uint8).repeat(3, axis=-1)
     size = dict(height=24, width=32)
@@ -180,6 +184,7 @@ def test_larger_images_see_their_own_depth(generator):
     assert "height is 20; it must be a multiple of 8 pixels" in assert_one_line(error)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_other_channels(inputs, tmp_path):
     tokenizer = vqgan_jax.load(inputs.directory / "of_depth")
     config = tokenizer.config.copy_and_resolve_references()

@@ -10,9 +10,9 @@ from vqgan_jax.conditions.keypoint_files import parse_keypoints, read_keypoints
 from vqgan_jax.conditions.skeletons import LIMBS, draw_people, draw_skeleton, mirror_people
 from vqgan_jax.configuration import tokenizer_config
 from vqgan_jax.data.condition_sources import ConditionImage
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.pipeline import open_reader
 from vqgan_jax.data.transforms import Transform
+from vqgan_jax.errors import DataError
 
 SKELETON = ConditionImage("pose", "keypoints", derive="skeleton")
 # Someone who faces us: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles, of each
@@ -66,7 +66,7 @@ FLAT = json.dumps(COCO.ravel().tolist())
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "This is not JSON"),
+        ("{", "not JSON"),
         ("7", r"Keypoints are \[\[x, y, visible\], ...\]"),
         ('{"poses": []}', "here 'keypoints' is missing"),
         ('{"people": [{"keypoints": []}]}', "here 'pose_keypoints_2d' is missing"),
@@ -78,7 +78,7 @@ FLAT = json.dumps(COCO.ravel().tolist())
         ("[[1, 2, 3]]", r"people\[0\] has 1 keypoints; 17, as COCO"),
         (f'[{{"keypoints": {FLAT}}}, {{"keypoints": {json.dumps([0] * 75)}}}]', "has 25 keypoints"),
         (f'[{{"keypoints": {FLAT}}}, {{"keypoints": {json.dumps([0] * 54)}}}]', "others 18"),
-        ('{"keypoints": [NaN, 2, 1' + ", 0" * 48 + "]}", "keypoint 0 is visible, but its place"),
+        ('{"keypoints": [NaN, 2, 1' + ", 0" * 48 + "]}", "which JSON does not have"),
     ],
 )
 def test_what_is_wrong_is_one_line(text, message, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from vqgan_jax.conditions.layout_files import parse_layout, read_layout
 from vqgan_jax.conditions.layout_pictures import draw_layout
 from vqgan_jax.conditions.layouts import ATTRIBUTES, Layout, LayoutEncoding, SceneObject
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 
 SCENE = (
     SceneObject(16, (0.1, 0.2, 0.3, 0.4), frozenset({"group"})),
@@ -192,7 +192,7 @@ def objects(**changes):
         (objects(box="[0.8, 0.1, 0.3, 0.5]"), r"objects\[0\]: the box .* leaves the frame"),
         (objects(box="[-0.1, 0.1, 0.3, 0.5]"), "leaves the frame"),
         (objects(box="[10, 40, 120, 200]"), "leaves the frame"),
-        (objects(box="[0.1, NaN, 0.3, 0.5]"), "leaves the frame"),
+        (objects(box="[0.1, NaN, 0.3, 0.5]"), "which JSON does not have"),
         (objects(box="[0.1, 0.1, 0.3, 0]"), "has no area"),
         (objects(box='[0.1, 0.1, "0.3", 0]'), "four numbers"),
         (objects(box="[0.1, 0.1, 0.3]"), "four numbers"),

@@ -185,6 +185,7 @@ def plain_attention(query, key, value, num_unmasked):
     return jnp.stack(outputs, axis=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_unmasked", [0, 3, 6], ids=lambda n: f"{n}-unmasked")
 @pytest.mark.parametrize("length, heads, kv_heads", [(1, 2, 2), (4, 2, 2), (11, 4, 2), (8, 3, 1)])
 def test_causal_attention(float64, monkeypatch, length, heads, kv_heads, num_unmasked):

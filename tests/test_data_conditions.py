@@ -13,9 +13,9 @@ from vqgan_jax.conditions.derived import canny_edges, low_resolution
 from vqgan_jax.configuration import tokenizer_config
 from vqgan_jax.data.augmentations import AllViews, list_views
 from vqgan_jax.data.condition_sources import ConditionImage, Coordinates
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.pipeline import evaluation_batches, open_reader, training_batches
 from vqgan_jax.data.transforms import Transform
+from vqgan_jax.errors import DataError
 
 COUNT, HEIGHT, WIDTH, LABELS = 110, 24, 28, 7
 ALL = (

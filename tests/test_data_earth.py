@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from vqgan_jax.data import earth
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.packages import default_data_dir, fetch_package
 from vqgan_jax.data.sources import Feature, open_source
+from vqgan_jax.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqgan_jax.data.errors import DataError, UnreadableImage
 from vqgan_jax.data.sources import Feature, open_source
+from vqgan_jax.errors import DataError, UnreadableImage
 
 
 def write(path, value=0):

@@ -16,10 +16,10 @@ from vqgan_jax.conditions.layouts import Layout, LayoutEncoding, SceneObject
 from vqgan_jax.configuration import tokenizer_config
 from vqgan_jax.data.augmentations import AllViews, list_views
 from vqgan_jax.data.condition_sources import Layouts
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.pipeline import evaluation_batches, open_reader, training_batches
 from vqgan_jax.data.sources import Feature, open_source
 from vqgan_jax.data.transforms import Transform
+from vqgan_jax.errors import DataError
 
 NAMES = ("red", "green", "blue")
 COLORS = 255 * np.eye(3, dtype=np.uint8)

@@ -7,8 +7,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vqgan_jax.data.errors import DataError, UnreadableImage
 from vqgan_jax.data.sources import Feature, open_source
+from vqgan_jax.errors import DataError, UnreadableImage
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3)).astype(np.uint8)
 

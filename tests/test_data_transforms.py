@@ -5,8 +5,7 @@ import pytest
 from PIL import Image
 
 from vqgan_jax.configuration import tokenizer_config
-from vqgan_jax.data.decoding import decode_image, decode_label_map
-from vqgan_jax.data.errors import DataError, UnreadableImage
+from vqgan_jax.data.decoding import decode_depth, decode_image, decode_label_map
 from vqgan_jax.data.images import to_float, to_uint8
 from vqgan_jax.data.transforms import (
     Transform,
@@ -14,6 +13,7 @@ from vqgan_jax.data.transforms import (
     resize_shorter_side,
     training_transform,
 )
+from vqgan_jax.errors import DataError, UnreadableImage
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8)
 
@@ -42,13 +42,13 @@ def test_webp_and_path(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, ">u2", np.int32, np.float32])
-def test_more_than_eight_bits_fill_the_range(dtype):
+def test_depth_of_more_than_eight_bits_fills_the_range(dtype):
     """Each image by itself: a depth of 800 to 4880 millimetres, say."""
     depth = np.array([[800, 816, 2848, 4880]], dtype)
-    decoded = decode_image(encoded(Image.fromarray(depth), format="TIFF"))
+    decoded = decode_depth(encoded(Image.fromarray(depth), format="TIFF"))
     assert decoded[0].tolist() == [[level] * 3 for level in (0, 1, 128, 255)]
     if depth.dtype == np.uint16:
-        np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(depth))), decoded)
+        np.testing.assert_array_equal(decode_depth(encoded(Image.fromarray(depth))), decoded)
 
 
 def test_transparency_shows_white():
@@ -77,7 +77,7 @@ def test_damage_is_named(tmp_path):
             decode_image(tmp_path / name)
     floats = Image.fromarray(np.full((4, 4), np.nan, np.float32))
     with pytest.raises(UnreadableImage, match="16 values that are not finite"):
-        decode_image(encoded(floats, format="TIFF"))
+        decode_depth(encoded(floats, format="TIFF"))
 
 
 def test_label_map_keeps_palette_indices():

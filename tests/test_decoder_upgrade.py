@@ -69,6 +69,7 @@ def start(config):
     return game, start_from(config.training.initialize_from, game, state, layout), images
 
 
+@pytest.mark.slow
 def test_codes_stay_and_the_decoder_learns(base, tmp_path):
     """By a run that is stopped and goes on, with a wider and deeper decoder."""
     before = vqgan_jax.load(base / "tokenizer")
@@ -101,6 +102,7 @@ def test_codes_stay_and_the_decoder_learns(base, tmp_path):
     assert len(moments) == 2 * sum("params/decoder/" in n and "ema_" not in n for n in second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nearest", "gumbel"])
 def test_a_decoder_learns_as_without_frozen_parts(base, tmp_path, kind):
     """Of the same size, in one step: its gradient is the same, and all else stands still."""
@@ -139,6 +141,7 @@ def test_a_decoder_learns_as_without_frozen_parts(base, tmp_path, kind):
             )
 
 
+@pytest.mark.slow
 def test_weights_are_loaded_where_they_fit(base):
     theirs = vqgan_jax.load(base / "tokenizer").variables["params"]
     _, same, _ = start(upgraded(base))
@@ -151,6 +154,7 @@ def test_weights_are_loaded_where_they_fit(base):
             jax.tree.map(np.testing.assert_array_equal, params[name], theirs[name])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(base):
     def change(**changes):
         config = upgraded(base)
@@ -191,6 +195,7 @@ def test_the_fingerprint_sees_what_is_frozen(base):
         assert (other.fingerprint == tokenizer.fingerprint) == (name == "decoder")
 
 
+@pytest.mark.slow
 def test_a_transformer_draws_with_another_decoder(tmp_path):
     small.write_models(tmp_path)
     own = vqgan_jax.load(tmp_path / "tokenizer")

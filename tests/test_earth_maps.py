@@ -8,7 +8,7 @@ import pytest
 
 from vqgan_jax.data.earth import GRID
 from vqgan_jax.data.earth_maps import cut
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 
 
 @pytest.fixture(scope="module")

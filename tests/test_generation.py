@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -12,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import programs
 import training_runs as runs
 import transformer_runs as stage2
 import vqgan_jax
 from transformer_runs import CLASSES, CODEBOOK, GRID, assert_one_line
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.drawing import Drawing
+from vqgan_jax.errors import DataError
 from vqgan_jax.generation import Generator
 from vqgan_jax.reconstruct import reconstruct
 from vqgan_jax.sample import sample
@@ -174,12 +174,9 @@ def start(run, output, *arguments, devices=1, process=None):
             "JAX_PROCESS_ID": str(process[0]),
         }
     command = [sys.executable, "-m", "vqgan_jax.sample", f"--checkpoint={run}"]
-    return subprocess.Popen(
+    return programs.Program(
         [*command, f"--output={output}", f"--num_samples={COUNT}", "--batch_size=2", *arguments],
         env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
     )
 
 
@@ -193,6 +190,7 @@ def sampled(transformer_run, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(transformer_run, sampled, tmp_path):
     port = runs.free_port()
     output = tmp_path / "output"
@@ -238,6 +236,7 @@ def test_eight_devices_draw_what_one_does(transformer_run, sampled, tmp_path):
     assert sum(np.any(ours[name] != theirs[name]) for name in ours) <= COUNT / 200
 
 
+@pytest.mark.slow
 def test_killed_command_makes_what_is_missing(transformer_run, sampled, tmp_path):
     output = tmp_path / "output"
     process = start(transformer_run, output, "--format=png,grid,npz")
@@ -260,6 +259,7 @@ def test_killed_command_makes_what_is_missing(transformer_run, sampled, tmp_path
         assert set(a) == set(b) and all(np.array_equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_a_part_of_a_batch_is_made_again_as_it_was(transformer_run, tmp_path, capsys):
     options = dict(classes=["town", "0"], formats=["png", "npz"], batch_size=1, temperature=0.9)
     sample(str(transformer_run), tmp_path / "output", 11, **options)
@@ -276,6 +276,7 @@ def test_a_part_of_a_batch_is_made_again_as_it_was(transformer_run, tmp_path, ca
         np.testing.assert_array_equal(arrays["labels"], np.arange(11) % 2 * -2 + 2)
 
 
+@pytest.mark.slow
 def test_arrays_alone_are_not_drawn_twice(transformer_run, tmp_path, capsys):
     for count, drawn in ((5, True), (5, False), (6, True)):
         capsys.readouterr()
@@ -286,6 +287,7 @@ def test_arrays_alone_are_not_drawn_twice(transformer_run, tmp_path, capsys):
             assert len(arrays["arr_0"]) == count
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(transformer_run, sampled, transformer_inputs, tmp_path):
     before = runs.fingerprint(sampled)
     for options, words in (

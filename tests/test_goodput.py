@@ -120,6 +120,7 @@ def stored(workdir):
     return json.loads((workdir / GOODPUT_FILE).read_text())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_killed_and_finished(run_inputs, tmp_path):
     workdir = tmp_path / "run"
     slow = ("--config.model.resolution=32", "--config.loss.perceptual=1.0")  # steps to be seen

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+import programs
 import training_runs as runs
 from vqgan_jax import distributed
 from vqgan_jax.configuration import ConfigError
@@ -62,6 +63,7 @@ def assert_is_gone(line, victim, workdir):
     return int(found[1])
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_one_goes_on(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     processes = runs.start_several(2, workdir, *SMALL, dtype="float64")
@@ -76,6 +78,7 @@ def test_a_killed_process_ends_the_other_and_one_goes_on(undisturbed, tmp_path):
     runs.assert_close_metrics(workdir, undisturbed)
 
 
+@pytest.mark.slow
 def test_the_first_process_is_killed(run_inputs, tmp_path):
     """It is what all others are connected to, by way of which JAX aborts them."""
     workdir = tmp_path / "run"
@@ -89,6 +92,7 @@ def test_the_first_process_is_killed(run_inputs, tmp_path):
     runs.finish(processes[0])
 
 
+@pytest.mark.slow
 def test_bad_images_of_one_process_end_the_other(run_inputs, tmp_path):
     """The images are other files for each process here, as on disks of their own."""
     damaged = tmp_path / "images"
@@ -107,6 +111,7 @@ def test_bad_images_of_one_process_end_the_other(run_inputs, tmp_path):
     assert line == f"error: process 1 (host {HOST}) stopped: {cause.removeprefix('error: ')}"
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_agree(run_inputs, tmp_path):
     """The same start would end the same again: that is no code that asks for it."""
     port = runs.free_port()
@@ -117,6 +122,7 @@ def test_processes_that_do_not_agree(run_inputs, tmp_path):
         assert "was told that there are 2 processes, and process 0 that there are 3" in line
 
 
+@pytest.mark.slow
 def test_a_process_that_never_comes(run_inputs, tmp_path):
     port = runs.free_port()
     for process, words in (
@@ -196,17 +202,15 @@ def start_programs(text, directory):
     """Two processes of a program."""
     program, environment = write_program(text, directory)
     return [
-        subprocess.Popen(
+        programs.Program(
             [sys.executable, program],
             env=environment | {"JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for index in range(2)
     ]
 
 
+@pytest.mark.slow
 def test_each_process_opens_its_own_images(run_inputs, tmp_path):
     opened = []
     for process in start_programs(ALL_READ, tmp_path):
@@ -218,6 +222,7 @@ def test_each_process_opens_its_own_images(run_inputs, tmp_path):
     assert [sorted(names) for names in opened] == [[f"{i:03}.png" for i in own] for own in places]
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_come_to_a_barrier(tmp_path):
     first, second = start_programs(LATE, tmp_path)
     code, line, _ = end_of(first)
@@ -228,6 +233,7 @@ def test_a_process_that_does_not_come_to_a_barrier(tmp_path):
     assert code == 75 and reason in line and seconds < SECONDS
 
 
+@pytest.mark.slow
 def test_a_host_that_vanishes(tmp_path):
     """The network is cut: no connection is closed, and a collective operation hangs."""
     namespace = ["unshare", "--net"]

@@ -69,6 +69,7 @@ def test_moving_average_of_the_newest_checkpoint_is_taken(run):
     jax.tree.map(np.testing.assert_array_equal, older, state.generator.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(16, 24), (2, 2)])
 def test_shapes_of_a_round_trip(export, size):
     tokenizer = vqgan_jax.load(export)
@@ -155,7 +156,11 @@ def test_export_holds_what_inference_needs_and_nothing_else(run, export):
     stored = ocp.PyTreeCheckpointHandler().metadata(export / "variables").tree
     expected = tiny.leaves({"tokenizer": {"params": run[2].generator.params}})
     assert tiny.leaves(stored).keys() == expected.keys()
-    assert sorted(path.name for path in export.iterdir()) == ["config.json", "variables"]
+    assert sorted(path.name for path in export.iterdir()) == [
+        "checksums.json",
+        "config.json",
+        "variables",
+    ]
 
 
 def test_export_never_overwrites(export, tmp_path):
@@ -182,6 +187,7 @@ def test_export_that_cannot_be_written_leaves_no_directory(export, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "file"]
 
 
+@pytest.mark.slow
 def test_export_of_a_moving_average_codebook(tmp_path):
     config = tiny.config_of_tiny_model(kind="ema")
     variables = tiny.initial_variables(config)
@@ -196,6 +202,7 @@ def test_export_of_a_moving_average_codebook(tmp_path):
     assert tokenizer.decode(np.zeros((1, 8, 8), np.int32)).shape == (1, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_label_map_tokenizer_gives_logits(tmp_path):
     config = tiny.config_of_tiny_model()
     config.model.in_channels = config.model.out_channels = config.data.num_labels = 5

@@ -216,6 +216,7 @@ def test_run_that_is_under_way(place):
     assert "delete" not in [call[1] for call in place.calls()]
 
 
+@pytest.mark.slow
 def test_cluster_that_cannot_be_reached(place):
     result = launch(place, *TPU, plan=DONE | {"jobset": [1, "", "f16:", 1, 1, "f16:Completed"]})
     assert result.returncode == 0, result.stderr

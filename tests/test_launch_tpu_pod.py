@@ -80,6 +80,7 @@ def test_runtime_versions(place, accelerator, version):
     assert f"--runtime-version={version}" in result.stdout
 
 
+@pytest.mark.slow
 def test_interruptions_in_a_row(place):
     """Preempted twice, then stopped with the state saved, then done."""
     plan = {
@@ -99,6 +100,7 @@ def test_interruptions_in_a_row(place):
     assert "pod is kept, and costs" in result.stderr
 
 
+@pytest.mark.slow
 def test_training_goes_on_bit_for_bit(place, reference_run, tmp_path):
     """The VM is gone after step 4 is stored, SIGTERM comes after step 9; the end is the same."""
     workdir = tmp_path / "run"
@@ -171,6 +173,7 @@ def test_dry_run_is_what_a_run_does(place, tmp_path, options):
     assert [c for c in commands if c[0] == "gcloud"] == place.calls("gcloud")
 
 
+@pytest.mark.slow
 def test_printed_commands_can_be_pasted(place, tmp_path):
     dry = launch(place, "--dry_run", command=(*COMMAND, "--b=$HOME 'x' \"")).stdout
     pasted = fakes.Place(tmp_path / "pasted")
@@ -182,6 +185,7 @@ def test_printed_commands_can_be_pasted(place, tmp_path):
     assert pasted.programs()[0]["argv"][-1] == "--b=$HOME 'x' \""
 
 
+@pytest.mark.slow
 def test_worker_that_fails(place):
     """Worker 1 fails, and the others end because of it: its code is the one to end with."""
     others = [134, "homes/1/vqgan_jax/run/exit_code"]
@@ -201,6 +205,7 @@ def test_command_that_fails(place):
     assert "failed: worker 0: exit code 1. The log of worker 0 is" in result.stderr
 
 
+@pytest.mark.slow
 def test_worker_that_was_stopped(place):
     """The others may end in another way then, and the run is started again."""
     others = [134, "homes/1/vqgan_jax/run/exit_code"]
@@ -209,6 +214,7 @@ def test_worker_that_was_stopped(place):
     assert verbs(place) == [*START, "run"]
 
 
+@pytest.mark.slow
 def test_worker_that_cannot_start(place):
     """The others wait for it and end with 75, and would do so for ever."""
     others = [75, "homes/1/vqgan_jax/run/exit_code"]
@@ -226,6 +232,7 @@ def test_create_that_fails(place):
     assert result.stderr.splitlines()[-1] == ("error: cannot create pod; gcloud says why above.")
 
 
+@pytest.mark.slow
 def test_create_that_fails_after_preemption_is_tried_again(place):
     plan = {
         "exits": [["wait"]],
@@ -237,6 +244,7 @@ def test_create_that_fails_after_preemption_is_tried_again(place):
     assert verbs(place) == [*START, "delete", "create", "create", *START]
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_be_reached(place):
     result = launch(place, plan={"run": [{"do": "unreachable"}] * 9})
     assert result.returncode == 255
@@ -245,6 +253,7 @@ def test_workers_that_cannot_be_reached(place):
     assert "gave up after 5 tries: lost the connection to pod (exit code 255)" in result.stderr
 
 
+@pytest.mark.slow
 def test_connection_that_breaks_is_taken_up_again(place):
     """The program on the worker runs once, through both."""
     plan = {
@@ -258,6 +267,7 @@ def test_connection_that_breaks_is_taken_up_again(place):
     assert len(place.programs()) == 1
 
 
+@pytest.mark.slow
 def test_launcher_that_is_interrupted(place):
     """Ctrl-C ends the launcher; the run goes on, and the same call shows it."""
     plan = {"exits": [[[0, "release"]]]}
@@ -272,6 +282,7 @@ def test_launcher_that_is_interrupted(place):
     assert len(place.programs()) == 1
 
 
+@pytest.mark.slow
 def test_tpu_that_is_deleted_by_hand(place):
     plan = {"exits": [["wait"]], "run": [{"do": "delete", "after": WAITING}]}
     result = launch(place, plan=plan)
@@ -280,6 +291,7 @@ def test_tpu_that_is_deleted_by_hand(place):
     assert result.stderr.splitlines()[-1] == "error: pod was deleted while it was in use."
 
 
+@pytest.mark.slow
 def test_another_command_under_way(place):
     first = {"exits": [[[0, "release"]]]}
     first["run"] = [{"do": "drop", "after": [WORKER_LOG, "line 29"]}]
@@ -295,6 +307,7 @@ def test_another_command_under_way(place):
     assert len(place.programs()) == 1
 
 
+@pytest.mark.slow
 def test_restarts_are_limited(place):
     result = launch(place, "--max_restarts=2", plan={"exits": [[75] * 9]})
     assert result.returncode == 75
@@ -302,6 +315,7 @@ def test_restarts_are_limited(place):
     assert "no restarts are left of 2" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_state_that_cannot_be_asked_for(place):
     result = launch(place, plan={"list": [1, 1]})
     assert result.returncode == 0, result.stderr
@@ -312,12 +326,14 @@ def test_state_that_cannot_be_asked_for(place):
     assert len(failed.calls("gcloud")) == 5
 
 
+@pytest.mark.slow
 def test_installation_that_fails_is_tried_again(place):
     result = launch(place, plan={"install": [1], "scp": [255]})
     assert result.returncode == 0, result.stderr
     assert verbs(place) == ["create", "scp", "scp", "install", "scp", "install", "run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "calls"),
     [

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import struct
-import subprocess
 import sys
 
 import jax
@@ -16,6 +15,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+import programs
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.training.logging import (
     DeferredMetrics,
@@ -128,12 +128,13 @@ def test_a_whole_last_line_without_its_newline_stays(tmp_path):
 
 
 @pytest.mark.parametrize("foreign", ["loss,step\n", "[1, 2]\n", '{"loss": 1}\n', "\n"])
-def test_a_file_of_another_kind_is_refused_and_kept(tmp_path, foreign):
+def test_a_damaged_file_is_set_aside_and_its_good_lines_are_kept(tmp_path, foreign, caplog):
     content = '{"step": 1}\n' + foreign + '{"step": 2}\n'
     (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not"):
-        MetricWriter(tmp_path, resume_step=0)
-    assert (tmp_path / "metrics.jsonl").read_text() == content
+    MetricWriter(tmp_path, resume_step=1).close()
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == content
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert "line 2 is no JSON object with a step" in caplog.text
 
 
 def test_a_killed_process_leaves_all_its_lines(tmp_path):
@@ -145,7 +146,7 @@ def test_a_killed_process_leaves_all_its_lines(tmp_path):
         "    writer.write(step, {'loss': step / 3})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=120)
+    done = programs.run([sys.executable, "-c", program, str(tmp_path)], timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert read_lines(tmp_path) == [{"step": step, "loss": step / 3} for step in range(100)]
 
@@ -187,11 +188,9 @@ def test_other_processes_write_nothing(tmp_path):
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     processes = [
-        subprocess.Popen(
+        programs.Program(
             [sys.executable, "-c", program, str(rank), str(port), str(tmp_path)],
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            text=True,
         )
         for rank in range(2)
     ]

@@ -91,6 +91,7 @@ def test_images_of_a_logit_laplace_distribution():
     assert found.min() < -1.1 and found.max() > 1.1  # not clipped: gradients go on
 
 
+@pytest.mark.slow
 def test_generator_gradients_of_the_losses_of_vit_vqgan():
     """L_2, logit-Laplace and a non-saturating game of fixed weight, against their plain sum."""
     config = tiny.config_of_tiny_model()
@@ -138,6 +139,7 @@ def test_generator_gradients_of_the_losses_of_vit_vqgan():
         np.testing.assert_allclose(found, leaf, rtol=1e-3, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_evaluation_has_the_logit_laplace_term():
     config = tiny.config_of_tiny_model()
     config.model.logit_laplace = True

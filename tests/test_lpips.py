@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 from vqgan_jax.configuration import tokenizer_config
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.interop.lpips import check_lpips, load_lpips
 from vqgan_jax.models.lpips import HEAD_WIDTHS, LPIPS, SCALE, SHIFT
 

@@ -2,20 +2,24 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+import programs
 import training_runs as runs
 
 # One after the other: where several processes compile, Gloo waits 30 s for the slowest.
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
-MESHES = ("2,2,2", "8,1,1", "1,8,1", "1,1,8")  # on the first one states are born
-BOTH = [f"{stage}:{mesh}" for mesh in MESHES for stage in ("tokenizer", "transformer")]
-OTHERS = ["ema_and_act_norm:4,2,1", "gumbel_and_perceptual:8,1,1", "tokenizer:2,2,1,2"]
+# Each axis alone, all in one, and what depends on the whole batch; on a config's first mesh its
+# state is born. `test_training_devices` has a tokenizer on eight devices of data.
+ON_EIGHT = ["tokenizer:2,2,2", "tokenizer:1,8,1", "tokenizer:1,1,8", "tokenizer:2,2,1,2"]
+ON_EIGHT += [f"transformer:{mesh}" for mesh in ("2,2,2", "8,1,1", "1,8,1", "1,1,8")]
+ON_EIGHT += ["ema_and_act_norm:4,2,1", "gumbel_and_perceptual:8,1,1"]
+# Two processes are apart along the first axis that is not 1: each axis once.
+ON_TWO = ["tokenizer:2,2,2", "tokenizer:1,8,1", "transformer:2,2,2", "transformer:1,1,8"]
 
 
 def start(output, wanted, devices, process=None):
@@ -27,12 +31,9 @@ def start(output, wanted, devices, process=None):
     }
     if process is not None:
         environment |= runs.process_environment(*process)
-    return subprocess.Popen(
+    return programs.Program(
         [sys.executable, str(runs.ROOT / "tests" / "mesh_losses.py"), str(output), *wanted],
         env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
     )
 
 
@@ -46,7 +47,7 @@ def finished(processes, output):
 @pytest.fixture(scope="session")
 def on_one_device(shared_directory, run_inputs, transformer_inputs):
     def make(directory):
-        names = dict.fromkeys(run.split(":")[0] for run in BOTH + OTHERS)
+        names = dict.fromkeys(run.split(":")[0] for run in ON_EIGHT)
         output = directory / "metrics.json"
         finished([start(output, [f"{name}:1,1,1" for name in names], 1)], output)
 
@@ -70,11 +71,11 @@ def assert_same(found, wanted, expected):
 
 def test_eight_devices(on_one_device, tmp_path):
     output = tmp_path / "metrics.json"
-    found = finished([start(output, BOTH + OTHERS, 8)], output)
-    assert_same(found, BOTH + OTHERS, on_one_device)
+    found = finished([start(output, ON_EIGHT, 8)], output)
+    assert_same(found, ON_EIGHT, on_one_device)
 
 
 def test_two_processes_of_four_devices(on_one_device, tmp_path):
     output, port = tmp_path / "metrics.json", runs.free_port()
-    processes = [start(output, BOTH, 4, (index, 2, port)) for index in range(2)]
-    assert_same(finished(processes, output), BOTH, on_one_device)
+    processes = [start(output, ON_TWO, 4, (index, 2, port)) for index in range(2)]
+    assert_same(finished(processes, output), ON_TWO, on_one_device)

@@ -162,6 +162,7 @@ def test_group_norm_keeps_its_statistics_in_float32():
     np.testing.assert_allclose(np.std(np.asarray(output, np.float32)), 1, atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["layer", "group"])
 def test_only_with_norms_of_each_position_has_a_place_its_latents_in_every_image(norm):
     config = tiny.config_of_tiny_model().model

@@ -15,7 +15,7 @@ from test_transformer import FORMS, random_params, tiny_transformer
 from transformer_runs import assert_one_line, tiny_config
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.data.codes import open_codes
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.models.orders import ORDERS, permutation
 from vqgan_jax.sample import sample
 from vqgan_jax.sampling.decoding import sample_codes
@@ -135,6 +135,7 @@ def logits(order, conditions, codes, *form, **fields):
     return np.asarray(jax.jit(transformer.apply)({"params": params}, conditions, codes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["z_curve", "spiral_in", "random"])
 def test_learned_positions_are_those_of_the_sequence(order):
     """As in the reference: a model row by row, which is given the codes as the order has them."""
@@ -144,6 +145,7 @@ def test_learned_positions_are_those_of_the_sequence(order):
     np.testing.assert_allclose(found[:, numbers(order)], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["spiral_out", "z_curve"])
 def test_rotary_positions_are_those_of_the_grid(order):
     """Where all codes see each other, a token means the same in each order that has it.
@@ -261,6 +263,7 @@ def spiral_run(transformer_inputs, tmp_path_factory):
     return workdir, figures
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_order(spiral_run, transformer_inputs):
     workdir, figures = spiral_run
     generator = vqgan_jax.load(workdir)
@@ -274,19 +277,21 @@ def test_a_run_keeps_its_order(spiral_run, transformer_inputs):
         stage2.train_alone(config, workdir)
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_were_orders_is_row_major(spiral_run, tmp_path):
     """What an older checkpoint does not say is not another model."""
     workdir = runs.copy_until(spiral_run[0], tmp_path / "run", 2)
-    stored = workdir / "checkpoints" / "2" / "config" / "metadata"
-    config = json.loads(stored.read_text())
-    del config["model"]["order"]
-    stored.write_text(json.dumps(config))
+    for stored in (workdir / "config.json", workdir / "checkpoints" / "2" / "config" / "metadata"):
+        config = json.loads(stored.read_text())
+        del config["model"]["order"]
+        stored.write_text(json.dumps(config))
     config = tiny_config(model={"order": "spiral_out", "positions": "rotary"})
     with pytest.raises(ValueError, match="model.order is row_major there and spiral_out here"):
         stage2.train_alone(config, workdir)
     assert vqgan_jax.load(workdir / "checkpoints" / "2").config.model.order == "row_major"
 
 
+@pytest.mark.slow
 def test_larger_images_need_rows(spiral_run, tmp_path):
     workdir, _ = spiral_run
     generator = vqgan_jax.load(workdir)

@@ -1,11 +1,11 @@
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
 import parity
+import programs
 
 FILES = sorted(parity.GOLDENS.glob("taming_*.npz"))
 
@@ -14,16 +14,26 @@ def replay(path):
     """The command, optimised: in float64 convolutions have no fast path, and these are not tiny."""
     command = [sys.executable, parity.__file__, str(path)]
     environment = os.environ | {"XLA_FLAGS": ""}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return programs.run(command, env=environment, timeout=600)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+QUICK = ("taming_gumbel", "taming_gpt")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+        for path in FILES
+    ],
+)
 def test_replay_holds(path):
     result = replay(path)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert result.stdout.splitlines()[-1].startswith("worst: ")
 
 
+@pytest.mark.slow
 def test_replay_fails_where_a_number_is_wrong(tmp_path):
     with np.load(parity.GOLDENS / "taming_gumbel.npz") as file:
         golden = {key: file[key] for key in file.files}
@@ -34,6 +44,7 @@ def test_replay_fails_where_a_number_is_wrong(tmp_path):
     assert "worst: fwd/quant" in result.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_forward_and_first_step_hold_in_float32():
     """Before an update of Adam has amplified rounding, training's own precision is enough."""
     early = [

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import jax
 import pytest
 
+import programs
 import training_runs as runs
 from test_sharding import forwards, largest_array
 from tiny_plans import small_tokenizer, small_transformer
@@ -47,6 +47,7 @@ def product_flops(config, topology="v5e:2x2"):
     return costs.product_flops(Program(compiled.as_text())) * mesh.size
 
 
+@pytest.mark.slow
 def test_scanned_layers_count_as_unrolled_ones():
     scanned, unrolled = (small_transformer(layers=4) for _ in range(2))
     unrolled.model.unroll = 4
@@ -59,6 +60,7 @@ def test_scanned_layers_count_as_unrolled_ones():
     assert found == pytest.approx(6 * forward, rel=0.05)
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_count_as_one_batch():
     config = small_transformer()
     whole = product_flops(config)
@@ -66,9 +68,12 @@ def test_accumulated_micro_batches_count_as_one_batch():
     assert product_flops(config) == pytest.approx(whole, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [small_transformer, small_tokenizer])
-def test_a_chip_does_the_same_on_16_and_on_256(stage):
+def test_a_chip_does_the_same_on_16_and_on_256(request, stage):
     """Weak scaling: at the same batch a chip, operations and memory stay, exchanges are bounded."""
+    if stage is small_tokenizer:
+        request.getfixturevalue("quick_compiler")
     found = {}
     for topology, chips in (("v5e:4x4", 16), ("v5e:16x16", 256)):
         config = stage(batch_size=2 * chips, data=-1, fsdp=4)
@@ -86,6 +91,7 @@ def test_a_chip_does_the_same_on_16_and_on_256(stage):
     assert found[256][2] <= 1.5 * found[16][2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [small_transformer, small_tokenizer])
 def test_fully_sharded_steps_on_tpus_gather_one_layer_at_a_time(quick_compiler, stage):
     config = stage(batch_size=256, data=1, fsdp=-1)
@@ -100,6 +106,7 @@ def test_fully_sharded_steps_on_tpus_gather_one_layer_at_a_time(quick_compiler, 
     assert 0 < total <= 6 * planned.bytes_held["parameters"] * mesh.size
 
 
+@pytest.mark.slow
 def test_dropout_of_attention_in_blocks_that_are_computed_again():
     """In bfloat16 the compiler needs help with it, or crashes."""
     config = small_transformer(batch_size=16)
@@ -112,6 +119,7 @@ def test_a_device_is_a_chip_where_its_cores_are_one():
     assert len(topology.devices) == 4 and topology.chip.flops == 275e12
 
 
+@pytest.mark.slow
 def test_figures_are_kept_and_read_again(quick_compiler, tmp_path, monkeypatch, capsys):
     planner = Planner(PLANNER.topology, cache=tmp_path)
     config = small_tokenizer(batch_size=8, resolution=16)
@@ -144,6 +152,7 @@ def test_a_compiler_that_crashes(end, words):
         run_apart([sys.executable, "-c", program])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit(tmp_path, capsys):
     """The compiler's refusal, and the largest batch below it."""
     config = small_tokenizer(batch_size=4 * 1024, resolution=128)
@@ -180,16 +189,15 @@ def test_no_batch_fits(monkeypatch):
 
 def plan(*arguments, **environment):
     command = [sys.executable, "-m", "vqgan_jax.plan", *map(str, arguments)]
-    return subprocess.run(
+    return programs.run(
         command,
         env=os.environ | {"PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": ""} | environment,
-        capture_output=True,
-        text=True,
         timeout=runs.TIMEOUT,
         cwd=runs.ROOT,
     )
 
 
+@pytest.mark.slow
 def test_the_command(quick_compiler, tmp_path):
     """A transformer over a tokenizer that nobody has trained; exit code 1 where it is large."""
     arguments = (

@@ -10,7 +10,7 @@ from PIL import Image
 
 import small_generator as small
 import vqgan_jax
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.probe import Data, Finetuning, grouped, probe
 from vqgan_jax.probing import linear
 from vqgan_jax.probing.chart import depth_chart
@@ -99,6 +99,7 @@ def test_classifiers_are_the_optimum_that_newtons_method_finds():
     assert accuracies[0] > 0.9 > accuracies[1] > 0.5
 
 
+@pytest.mark.slow
 def test_rows_in_pieces_and_constant_features(monkeypatch):
     """Pieces of 8 rows, of which the last has padding, give what one piece gives."""
     features, labels = small_problem()
@@ -140,6 +141,7 @@ def test_features_of_blocks_are_means_of_what_each_block_gives(generator):
     np.testing.assert_allclose(found["pixels"], pixels, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_condition_is_known(generator):
     """In front stands the row of the table after those of the classes."""
     np.testing.assert_array_equal(no_condition(generator.config), [3])
@@ -180,6 +182,7 @@ def held_out(models):
     return np.stack(images), np.array(labels)
 
 
+@pytest.mark.slow
 def test_results_of_all_features(models, probed):
     output, results, _ = probed
     assert json.loads((output / "all" / "probe.json").read_text()) == results
@@ -198,6 +201,7 @@ def test_results_of_all_features(models, probed):
     assert np.mean(probabilities.argmax(axis=1) == labels) == pytest.approx(best)
 
 
+@pytest.mark.slow
 def test_finetuned_weights_are_those_on_disk(models, generator, probed):
     output, results, finetuned = probed
     linear_row = {row["features"]: row for row in results["features"]}["block 2"]
@@ -226,6 +230,7 @@ def test_finetuned_weights_are_those_on_disk(models, generator, probed):
     assert losses[1] < losses[0]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_probed_is_told_in_one_line(models, probed, tmp_path):
     plain, one = tmp_path / "plain", tmp_path / "one"
     for folder in (plain, one / "class"):
@@ -261,6 +266,7 @@ def test_what_cannot_be_probed_is_told_in_one_line(models, probed, tmp_path):
         load_classifier(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_has_features_too(models, probed, tmp_path):
     results = probe(str(models / "tokenizer"), tmp_path / "new", data=Data(batch_size=8))
     of_transformer = {row["features"]: row for row in probed[1]["features"]}

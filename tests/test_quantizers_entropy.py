@@ -118,6 +118,7 @@ def test_memory_does_not_grow_with_the_codebook():
     assert memory.temp_size_in_bytes < 2e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nearest", "simvq", "lfq"])
 def test_eight_devices_have_the_statistics_of_the_whole_batch(float64, kind):
     config = tiny.config_of_tiny_model(kind=kind, code_dim=4, codebook_size=16)

@@ -1,6 +1,7 @@
 """Tokenizers of all quantizers: configs, fingerprints, several codes a position from end to end."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,18 @@ from vqgan_jax.configuration import (
     transformer_config,
     validate,
 )
+from vqgan_jax.data import code_report
 from vqgan_jax.data.code_manifest import CodesInfo
 from vqgan_jax.data.code_writer import CodeWriter
 from vqgan_jax.data.codes import open_codes
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.inference import Tokenizer, load_tokenizer
 from vqgan_jax.interop import taming
 from vqgan_jax.interop.taming_yaml import ConversionError, yaml_from_config
 from vqgan_jax.metrics.codebook import code_counts, perplexity, usage
 from vqgan_jax.reconstruct import reconstruct
 from vqgan_jax.stored_conditions import open_condition
-from vqgan_jax.tokenize import print_info, tokenize, verify
+from vqgan_jax.tokenize import tokenize, verify
 from vqgan_jax.training.checkpoints import write_export
 from vqgan_jax.training.game import Game
 from vqgan_jax.training.generator_step import Running, generator_gradients
@@ -40,6 +42,10 @@ COUNT, SIDE = 6, 32
 # ---- Configs.
 
 
+def print_codes(directory):
+    print(*code_report.lines(code_report.describe_codes(pathlib.Path(directory))), sep="\n")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -49,10 +55,10 @@ COUNT, SIDE = 6, 32
         ),
         (dict(kind="fsq", levels=(32, 32)), "levels has 2, and config.model.quantizer.code_dim is"),
         (dict(kind="fsq"), "FSQ needs whole numbers above 1"),
-        (dict(kind="fsq", levels=(1024, 1), code_dim=2), "FSQ needs whole numbers above 1"),
+        (dict(kind="fsq", levels=(1024, 1), code_dim=2), "each number must be at least 2"),
         (dict(kind="lfq", code_dim=9), "LFQ needs codebook_size = 2^code_dim"),
         (dict(kind="lfq", code_dim=10), "set config.loss.entropy"),
-        (dict(kind="lfq", codebook_size=2**40, code_dim=40), "at most 16777216 codes are counted"),
+        (dict(kind="lfq", codebook_size=2**40, code_dim=40), "at least 1 and at most 16777216"),
         (dict(restart_below=0.2), "restart_below is for ema"),
         (dict(kind="lfq", code_dim=10, gradient="rotation"), "nearest, ema, simvq, residual, prod"),
         (dict(kind="residual"), "depth above 1; with one code a position it is nearest"),
@@ -66,7 +72,7 @@ COUNT, SIDE = 6, 32
             "kmeans_init is for nearest, ema, residual, product",
         ),
         (dict(gradient="rotated"), "must be one of straight_through, rotation"),
-        (dict(depth=0), "depth is 0; it must be positive"),
+        (dict(depth=0), "depth is 0; it must be at least 1"),
     ],
 )
 def test_wrong_combinations_are_one_line(changes, message):
@@ -136,6 +142,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_gradients_have_the_shapes_of_the_parameters(name):
     """Traced, not run: whatever a quantizer learns, and be it nothing, goes through the step."""
@@ -213,7 +220,7 @@ def test_codes_of_a_position_stay_together_on_disk(tmp_path, capsys):
     opened = open_codes(tmp_path / "train", verify=True)
     assert opened.depth == 3 and opened.grid == (2, 4)
     np.testing.assert_array_equal(opened.gather(np.arange(10), 1).reshape(10, 2, 4, 3), codes[:, 1])
-    print_info(str(tmp_path / "train"))
+    print_codes(str(tmp_path / "train"))
     used = np.mean([len(np.unique(codes[:, 0, ..., d])) / 1000 for d in range(3)])
     printed = capsys.readouterr().out
     assert "2x4x3 a view" in printed and f"{used:.1%} used" in printed
@@ -248,6 +255,7 @@ def images_of(folder):
     return np.stack(pixels) / np.float32(127.5) - 1
 
 
+@pytest.mark.slow
 def test_several_codes_a_position_from_images_to_disk_and_back(
     export, photographs, tmp_path, capsys
 ):
@@ -275,6 +283,7 @@ def test_several_codes_a_position_from_images_to_disk_and_back(
     assert 1 < summary["codebook_perplexity"] <= 32
 
 
+@pytest.mark.slow
 def test_transformers_refuse_several_codes_a_position(export, tmp_path):
     config = transformer_config()
     config.tokenizer.path = str(export)

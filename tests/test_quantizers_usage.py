@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from vqgan_jax.configuration import tokenizer_config
 from vqgan_jax.metrics.codebook import code_counts, usage
@@ -74,6 +75,7 @@ def usage_after_training(entropy=0.0, **options):
     return float(usage(run()))
 
 
+@pytest.mark.slow
 def test_usage_of_each_quantizer():
     used = {
         "plain, 256-d": usage_after_training(kind="nearest", code_dim=256),

@@ -55,6 +55,7 @@ def initialized(model, images):
 # ---- The term.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [stylegan(), patch("batch")], ids=["stylegan", "patch"])
 def test_r1_and_its_gradient_by_finite_differences(float64, model):
     """Every value of the images is moved both ways, then all parameters in one direction."""
@@ -168,6 +169,7 @@ def test_term_comes_at_every_so_manyth_update_of_the_game():
     assert not any(game_with(stylegan(), enabled=False).regularizes(step) for step in range(30))
 
 
+@pytest.mark.slow
 def test_accumulated_and_on_eight_devices_as_at_once(float64):
     """Groups of 2 lie within each of 4 micro-batches of 4, and across 8 devices."""
     images, fakes = images_of(16), images_of(16, seed=1)
@@ -204,6 +206,7 @@ def test_accumulated_and_on_eight_devices_as_at_once(float64):
 # ---- A run.
 
 
+@pytest.mark.slow
 def test_resumed_run_is_the_same_bit_for_bit(run_inputs, tmp_path):
     config = get_config()
     config.discriminator.update(kind="stylegan", base_channels=128, max_channels=8, start=1)

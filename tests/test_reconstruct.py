@@ -3,7 +3,6 @@
 import json
 import pathlib
 import resource
-import subprocess
 import sys
 from pathlib import PurePath
 
@@ -13,10 +12,11 @@ from PIL import Image
 from skimage import data as skimage_data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+import programs
 import tiny
 import vqgan_jax
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.inputs import crop_to_multiple, unique_names
+from vqgan_jax.errors import DataError
 from vqgan_jax.reconstruct import overview, reconstruct, without_infinity
 from vqgan_jax.training.checkpoints import write_export
 from vqgan_jax.training.pictures import label_colors
@@ -87,6 +87,7 @@ def test_every_readable_picture_is_written_under_its_name(written, folder):
     assert "40 x 12 pixels" in summary["skipped"][1]
 
 
+@pytest.mark.slow
 def test_left_half_is_the_centre_of_the_input(written, folder):
     left, right = halves(written[0] / "a-2.png")
     np.testing.assert_array_equal(left, skimage_data.astronaut()[:40, :32])
@@ -118,6 +119,7 @@ def test_figures_are_those_of_scikit_image_on_the_files(written):
     assert stored["means"].keys() == {"psnr", "ssim", "lpips"}
 
 
+@pytest.mark.slow
 def test_codebook_figures_do_not_count_padding(written, export):
     """Five pictures go in batches of two, so one batch is padded."""
     tokenizer = vqgan_jax.load(export)
@@ -140,6 +142,7 @@ def test_output_in_use_stays_as_it_is(export, folder, tmp_path):
     assert (tmp_path / "a.png").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_resize_scales_the_shorter_side(export, folder, tmp_path):
     files = [str(folder / "tiny.png"), str(folder / "a.png")]
     summary = reconstruct(str(export), files, tmp_path / "out", resize=33)
@@ -158,6 +161,7 @@ def test_nothing_to_reconstruct_is_an_error_and_writes_nothing(export, folder, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_pictures_too_large_for_the_memory_are_an_error_and_nothing_is_written(
     export, folder, tmp_path
 ):
@@ -186,6 +190,7 @@ def test_without_perceptual_weights_the_other_figures_remain(tmp_path, folder, c
     assert summary["means"].keys() == {"psnr", "ssim"} and summary["lpips_network"] is None
 
 
+@pytest.mark.slow
 def test_validation_split_of_the_run_itself(tmp_path, weights):
     images = tmp_path / "data" / "validation"
     images.mkdir(parents=True)
@@ -204,6 +209,7 @@ def test_validation_split_of_the_run_itself(tmp_path, weights):
     assert halves(output / names[0])[0].shape == (32, 32, 3)  # the config's resolution
 
 
+@pytest.mark.slow
 def test_label_maps_come_back_in_colours_with_their_accuracy(tmp_path):
     config = tiny.config_of_tiny_model()
     config.model.in_channels = config.model.out_channels = config.data.num_labels = 5
@@ -232,7 +238,7 @@ def test_command_line(export, folder, tmp_path):
     command = [sys.executable, "-m", "vqgan_jax.reconstruct", f"--checkpoint={export}"]
 
     def run(*arguments):
-        return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+        return programs.run([*command, *arguments], timeout=300)
 
     good = run(
         f"--input={folder / 'a.png'},{folder / 'broken.png'}", f"--output={tmp_path / 'out'}"

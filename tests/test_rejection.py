@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -12,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import programs
 import small_generator as small
 import training_runs as runs
 from transformer_runs import assert_one_line, environment_of_processes
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.rejection import Rejection, find_classifier
 from vqgan_jax.sample import sample
 
@@ -157,6 +157,7 @@ def test_what_is_there_stays_and_what_is_missing_is_made(models, sampled, tmp_pa
     assert runs.fingerprint(sampled).keys() == before.keys() | {"samples.npz"}
 
 
+@pytest.mark.slow
 def test_fewer_samples_leave_none_that_were_accepted_before(models, sampled, tmp_path):
     output = tmp_path / "output"
     shutil.copytree(sampled, output)
@@ -168,6 +169,7 @@ def test_fewer_samples_leave_none_that_were_accepted_before(models, sampled, tmp
         np.testing.assert_array_equal(kept[number], image)
 
 
+@pytest.mark.slow
 def test_arrays_alone(models, sampled, tmp_path):
     draw(models, tmp_path / "output", formats=("npz",))
     names = {path.name for path in (tmp_path / "output").iterdir()}
@@ -176,6 +178,7 @@ def test_arrays_alone(models, sampled, tmp_path):
         assert set(a) == set(b) and all(np.array_equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_killed_command_keeps_what_it_has(models, sampled, tmp_path):
     output = tmp_path / "output"
     command = [sys.executable, "-m", "vqgan_jax.sample", f"--output={output}", "--batch_size=1"]
@@ -183,9 +186,7 @@ def test_killed_command_keeps_what_it_has(models, sampled, tmp_path):
     command += [f"--classifier={CLASSIFIER}", "--acceptance=0.5", "--format=png,grid,npz"]
     environment = environment_of_processes(8)
     environment["PYTHONPATH"] += os.pathsep + os.path.dirname(__file__)
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = programs.Program(command, env=environment)
     end = time.monotonic() + runs.TIMEOUT
     while len(list(output.glob("candidates/0*.png"))) < 3:
         assert process.poll() is None and time.monotonic() < end
@@ -204,7 +205,7 @@ def test_wrong_classifiers_and_other_settings_are_named(models, sampled, tmp_pat
     before = runs.fingerprint(sampled)
     for options, words in (
         ({"acceptance": 0.25}, "was begun with acceptance 0.5, and this is 0.25"),
-        ({"classifier": "", "acceptance": None}, "was begun with classifier color_classifier:by"),
+        ({"classifier": "", "acceptance": None}, "was begun with classifier 'color_classifier:by"),
     ):
         with pytest.raises(DataError) as error:
             draw(models, sampled, **options)

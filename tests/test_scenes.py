@@ -15,9 +15,9 @@ from vqgan_jax.conditions.keypoint_files import read_keypoints
 from vqgan_jax.conditions.layout_files import read_objects
 from vqgan_jax.conditions.layouts import Layout, LayoutEncoding, SceneObject
 from vqgan_jax.configuration import ConfigError, add_condition_image
-from vqgan_jax.data.code_report import print_info
+from vqgan_jax.data import code_report
 from vqgan_jax.data.codes import open_codes
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.sample import sample
 from vqgan_jax.tokenize import tokenize
 
@@ -110,6 +110,7 @@ def validation_paths(inputs, key=""):
     return sorted((inputs.images / key / "validation").rglob(f"*.{suffix}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["of_layouts", "of_both"])
 def test_validation_is_what_users_layouts_and_keypoints_give(inputs, run, request):
     """By way of the disk and of the pipeline of images, and drawn from the files by hand."""
@@ -160,7 +161,7 @@ def test_stored_layouts_are_those_of_the_views_and_shuffled_in_training(inputs, 
             orders.add(tuple(order))
             np.testing.assert_array_equal(row[9:], stored[own.tobytes()][9:])
     assert len(orders) == 6  # all orders of three objects
-    print_info(str(inputs.directory / "scenes" / "train"))
+    print(*code_report.lines(code_report.describe_codes(inputs.directory / "scenes" / "train")))
     assert "up to 4 objects of 3 classes, as boxes" in capsys.readouterr().out
 
 
@@ -173,6 +174,7 @@ SCENE = Layout(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_larger_scenes_are_drawn_window_by_window(of_layouts, scale):
     """Greedily, code by code: the likeliest one by the likelihoods of all, each in its window.
@@ -203,6 +205,7 @@ def test_larger_scenes_are_drawn_window_by_window(of_layouts, scale):
     assert np.any(other != drawn[0].reshape(-1))
 
 
+@pytest.mark.slow
 def test_command_takes_files_of_layouts_and_keypoints(of_both, inputs, tmp_path):
     (tmp_path / "layout.json").write_text('[{"class": "boat", "box": [0.1, 0.1, 0.5, 0.5]}]')
     poses = tmp_path / "poses"
@@ -239,6 +242,7 @@ def test_command_takes_files_of_layouts_and_keypoints(of_both, inputs, tmp_path)
 # ---- What does not fit.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -86,6 +86,7 @@ def programs_of(config):
     return {one.name: one for one in planned_programs(config, mesh, None) if one.trains}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [small_transformer, small_tokenizer])
 def test_bytes_on_a_device_fall_as_the_mesh_says(stage):
     """By the compiled program's own account of its arguments."""
@@ -119,6 +120,7 @@ def forwards(exchanges):
     return [one for one in exchanges if one.source and "transpose(" not in one.source]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [small_transformer, small_tokenizer])
 def test_fully_sharded_steps_gather_one_layer_at_a_time(stage):
     """Neither activations, which here are larger than any parameter, nor all parameters at once."""
@@ -144,6 +146,7 @@ def vision_transformers(**options):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [small_tokenizer, vision_transformers])
 def test_rows_of_pixels_are_split(stage):
     """Work and temporaries fall with the devices that share images, in accelerators' forms."""

@@ -126,6 +126,7 @@ def test_steps_of_a_large_image():
     assert num_steps(16, 16, lag=16) == 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(9, 14), (4, 6), (4, 13), (7, 6)], ids=str)
 def test_codes_are_those_of_the_rule(reference, size):
     parts, codes, half = inputs(3, *size)
@@ -137,6 +138,7 @@ def test_codes_are_those_of_the_rule(reference, size):
             np.testing.assert_array_equal(drawn, expected)
 
 
+@pytest.mark.slow
 def test_codes_are_those_of_the_rule_with_odd_windows_guidance_and_known_codes(modern):
     parts, codes, mask = inputs(2, 8, 7)
     null = [np.zeros_like(part) for part in parts]
@@ -153,6 +155,7 @@ def test_codes_are_those_of_the_rule_with_odd_windows_guidance_and_known_codes(m
     assert np.any((without != unguided)[~mask])
 
 
+@pytest.mark.slow
 def test_every_lag_draws_the_same_codes_with_noise(reference):
     parts, junk, _ = inputs(3, 9, 14)
     filters = Filters(temperature=1.5, top_p=0.95, top_k=20)
@@ -194,6 +197,7 @@ def test_a_grid_of_the_windows_size_is_that_of_cached_decoding(reference):
     np.testing.assert_array_equal(drawn.reshape(3, -1), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("middle", [(1, 2), (3, 0)])
 def test_any_code_of_the_window_can_be_its_middle(reference, middle):
     """Among them the earlier one of the two in the middle, as scenes with a layout have it."""
@@ -256,6 +260,7 @@ def test_steps_draw_what_they_say_and_compile_once(lag):
     assert model.compiled[lag, None]._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_devices_draw_their_own_samples_without_each_other(reference):
     parts, codes, mask = inputs(8, 6, 14)
     expected = reference.sample(parts, codes, mask, Filters())

@@ -94,6 +94,7 @@ def check_drawing(generator, condition, tokens):
     assert images.shape == (count, 2 * SIDE, 2 * SIDE, 3) and images.std() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_image_of_another_kind(tmp_path, capsys, channels):
     stage = second_stage(channels)
@@ -113,6 +114,7 @@ def test_an_image_of_another_kind(tmp_path, capsys, channels):
     check_drawing(generator, np.repeat(levels, 3, axis=-1), np.reshape(tokens, (2, -1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["VQSegmentationModel", "VQModel"])
 def test_a_label_map(tmp_path, capsys, target):
     """Some published models of label maps are a VQModel with a channel for each label."""
@@ -133,6 +135,7 @@ def test_a_label_map(tmp_path, capsys, target):
         generator.sample_codes(num_samples=1, condition=labels[0] + 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twice", [False, True])
 def test_the_first_stage_for_conditions_too(tmp_path, twice):
     changes = {"cond_stage_key": "lines", "cond_stage_config": "__is_first_stage__"}
@@ -143,6 +146,7 @@ def test_the_first_stage_for_conditions_too(tmp_path, twice):
     check_drawing(generator, pictures, np.reshape(tokens, (2, -1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("intervals", [48, 47, 20])
 def test_coordinates(tmp_path, intervals):
     """Of as many intervals as codes, the last coordinate has no row in the reference."""
@@ -166,6 +170,7 @@ def layout_data(**changes):
     return {"train": {"target": "x.AnnotatedObjectsOpenImages", "params": params}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "length"), [("objects_bbox", 17), ("objects_center_points", 12)])
 def test_layouts(tmp_path, key, length):
     stage = {"target": "x.DummyCondStage", "params": {"conditional_key": key}}
@@ -214,6 +219,7 @@ def test_the_grid_is_what_the_sequence_has_room_for(tmp_path):
         assert config.tokenizer.resolution == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["depth", "gumbel", "coordinates"])
 def test_there_and_back_is_the_same_state_dict(tmp_path, kind):
     stage = None if kind == "coordinates" else second_stage(channels=1)
@@ -237,6 +243,7 @@ def test_there_and_back_is_the_same_state_dict(tmp_path, kind):
     ]
 
 
+@pytest.mark.slow
 def test_conditions_that_the_reference_does_not_have_stay_here(tmp_path):
     for name, condition, problem in (
         ("own", {"coordinates": {"intervals": 48}}, "coordinates are tokens of the codes' table"),
@@ -269,7 +276,7 @@ def coordinates(**params):
     [
         (depth(cond_stage_key="image"), "cond_stage_key: A condition cannot be called 'image'"),
         (depth(cond_stage_key="../up"), "cannot be called '../up'"),
-        (depth(cond_stage_key="class"), "cond_stage_key is class, which is another kind"),
+        (depth(cond_stage_key="class"), "cond_stage_key is 'class', which is another kind"),
         (depth(downsample_cond_size=4), "downsample_cond_size is 4"),
         (depth(gpt_block_size=30), "block_size is 30, which is neither enough for the 16 codes"),
         (depth(cond_stage_config={"target": "x.VQModel"}), "cond_stage_config.params.ddconfig"),

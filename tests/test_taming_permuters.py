@@ -107,7 +107,7 @@ def test_what_the_yaml_may_not_say(params, problem):
 
 def test_an_order_that_does_not_exist_for_the_grid():
     params = permuter("z_curve", H=6, W=6)
-    with pytest.raises(ConversionError, match="target is ZCurve: The order .* not 6 x 6"):
+    with pytest.raises(ConversionError, match="target is 'ZCurve': The order .* not 6 x 6"):
         transformer_from_yaml(description_of(first_stage(6), **params))
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import subprocess
 import sys
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+import programs
 import tiny
 import vqgan_jax
 from vqgan_jax import convert
@@ -88,7 +88,7 @@ def write_inputs(directory, codebook_size=48, **changes):
 
 def command(*arguments):
     line = [sys.executable, "-m", "vqgan_jax.convert", "--source=taming", *arguments]
-    return subprocess.run(line, capture_output=True, text=True)
+    return programs.run(line)
 
 
 def logits_of(generator):
@@ -130,6 +130,7 @@ def test_an_export_computes_what_the_reference_computes(export):
     np.testing.assert_array_equal(generator.tokenizer.encode(images), expected)
 
 
+@pytest.mark.slow
 def test_an_export_draws(export):
     generator = vqgan_jax.load(export)
     images = generator.sample(seed=1, num_samples=3, condition=[0, 5, 47], top_k=10)
@@ -196,6 +197,7 @@ def test_three_ways_to_say_that_there_is_no_condition(changes):
     assert condition == expected | {"own_table": False, "start_token": 7}
 
 
+@pytest.mark.slow
 def test_a_start_token_leads_to_what_the_reference_draws(tmp_path):
     start, codes = int(GOLDEN["idx"][1, 0]), GOLDEN["idx"][1:, 1 : SIDE**2 + 1]
     write_inputs(tmp_path, cond_stage_config="__is_unconditional__", sos_token=start)
@@ -208,6 +210,7 @@ def test_a_start_token_leads_to_what_the_reference_draws(tmp_path):
     assert drawn[0, 0] == np.argmax(GOLDEN["logits"][1, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["class", "none"])
 def test_tokens_that_are_no_codes_are_conditions_and_never_drawn(tmp_path, capsys, kind):
     """A vocabulary of 48, of which 32 are codes; conditions 40 and 3 must find their rows."""
@@ -264,6 +267,7 @@ def own_run(directory, **options):
     write_export(directory, config, {"params": params}, tokenizers=tokenizers)
 
 
+@pytest.mark.slow
 def test_the_start_token_of_an_own_table_comes_back_by_its_position(tmp_path):
     own_run(tmp_path / "run")
     before = vqgan_jax.load(tmp_path / "run")
@@ -275,6 +279,7 @@ def test_the_start_token_of_an_own_table_comes_back_by_its_position(tmp_path):
     np.testing.assert_allclose(after.log_likelihood(codes), before.log_likelihood(codes), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_forms_that_the_reference_does_not_have_stay_here(tmp_path):
     classes = {"condition": {"kinds": ("class",), "num_classes": 5}}
     own_run(tmp_path / "classes", **classes)

@@ -43,6 +43,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_images_are_those_of_the_decoder(case):
     multipliers, attention, shape, tile, keep = CASES[case]
@@ -52,6 +53,7 @@ def test_images_are_those_of_the_decoder(case):
     assert np.abs(whole - in_tiles).max() <= 1e-5 * np.abs(whole).max()
 
 
+@pytest.mark.slow
 def test_norms_of_each_position_alone_need_no_pass_of_their_own():
     module = tokenizer((1, 1, 2), norm="layer", middle_attention=False, num_res_blocks=1)
     variables, codes = random_variables(module), random_codes(2, 21, 17)
@@ -61,6 +63,7 @@ def test_norms_of_each_position_alone_need_no_pass_of_their_own():
     assert np.abs(whole - in_tiles).max() <= 1e-5 * np.abs(whole).max()
 
 
+@pytest.mark.slow
 def test_nothing_but_rounding_differs(float64):
     module = tokenizer((1, 1, 2), (2,), dtype="float64")
     variables, codes = random_variables(module), random_codes(1, 9, 11)
@@ -68,6 +71,7 @@ def test_nothing_but_rounding_differs(float64):
     assert np.abs(whole - in_tiles).max() <= 1e-13 * np.abs(whole).max()
 
 
+@pytest.mark.slow
 def test_more_blocks_a_level_and_many_channels_of_a_label_map():
     module = tokenizer((1, 2), (1,), num_res_blocks=1, out_channels=37, remat=True)
     variables, codes = random_variables(module), random_codes(1, 30, 26)
@@ -75,6 +79,7 @@ def test_more_blocks_a_level_and_many_channels_of_a_label_map():
     assert np.abs(whole - in_tiles).max() <= 1e-5 * np.abs(whole).max()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_exact_in_tiles():
     """The compiler rounds at other places there, so values differ, but by less than it rounds."""
     module, exact = (tokenizer((1, 2), (1,), dtype=dtype) for dtype in ("bfloat16", "float32"))
@@ -100,6 +105,7 @@ def test_the_margin_is_as_wide_as_it_must_be(monkeypatch):
     assert np.abs(whole - in_tiles).max() > 1e-3 * np.abs(whole).max()
 
 
+@pytest.mark.slow
 def test_mean_far_from_zero_does_not_harm_the_variance():
     """The first norm in tiles sees a map whose mean is 1,000 times its deviation."""
     module = tokenizer((1, 1))
@@ -169,6 +175,7 @@ def test_memory_of_attention_grows_with_the_grid_and_not_its_square():
 # ---- Memory.
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_image(monkeypatch):
     """Only what is kept whole does: the lowest level, at a quarter of the image's height."""
     monkeypatch.setattr(layers, "BLOCK_LOGITS", 2**20)

@@ -56,6 +56,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_latents_are_those_of_the_encoder(case, latents):
     multipliers, attention, blocks, shape, tile, keep = CASES[case]
@@ -94,6 +95,7 @@ def test_nothing_but_rounding_differs(float64, latents):
     assert np.abs(whole - in_tiles).max() <= 1e-12 * np.abs(whole).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_margin_is_as_wide_as_it_must_be(blocks, monkeypatch, latents):
     """With one code less, tiles show at their seams."""
@@ -135,6 +137,7 @@ def test_large_images_go_in_tiles_by_themselves(monkeypatch):
         assert ("while" in encode.lower(variables, images).as_text()) == is_tiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["group", "layer"])
 def test_memory_grows_by_the_lowest_maps_alone(norm):
     module = tokenizer(

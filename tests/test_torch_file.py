@@ -162,7 +162,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("readme.txt", "hello")
     assert "no PyTorch checkpoint" in message(b"<html>Sign in to continue</html>")
-    assert "no PyTorch checkpoint" in message(b"")
+    assert "is empty" in message(b"")
     assert "no data.pkl" in message(archive.getvalue())
     assert "no PyTorch checkpoint" in message(pickle.dumps({"a": 1}))
     assert "single object" in message(_archive(pickle.dumps([1, 2], 2)))

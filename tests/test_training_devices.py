@@ -40,6 +40,7 @@ def assert_close_statistics(workdir, reference, step):
     return names
 
 
+@pytest.mark.slow
 def test_eight_devices_with_batch_norm(float64, reference_run_in_float64, tmp_path):
     """The whole run of the reference, with its evaluations of 11 images in batches of 8."""
     train(get_config("float64"), tmp_path, jax.devices())
@@ -47,6 +48,7 @@ def test_eight_devices_with_batch_norm(float64, reference_run_in_float64, tmp_pa
     assert len(assert_close_statistics(tmp_path, reference_run_in_float64, LAST)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("processes")  # as in `test_hosts`
 def test_two_processes_stop_together_and_go_on(reference_run_in_float64, tmp_path):
     """Of four devices each; one of them is told to stop, and both do, at the same step."""
@@ -65,6 +67,7 @@ def test_two_processes_stop_together_and_go_on(reference_run_in_float64, tmp_pat
     assert len(assert_close_statistics(workdir, reference_run_in_float64, LAST)) == 2
 
 
+@pytest.mark.slow
 def test_split_parameters(float64, reference_run_in_float64, tmp_path, capsys):
     """A run of one device goes on with kernels and their moments split over axes of a mesh."""
     workdir = runs.copy_until(reference_run_in_float64, tmp_path / "run", 4)
@@ -87,6 +90,7 @@ def test_split_parameters(float64, reference_run_in_float64, tmp_path, capsys):
             assert tuple(kernel.sharding.partition_spec) == (None, None, None, axis)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients(float64, run_inputs, tmp_path):
     """One batch of 8, or four of 2 before the update; nothing here sees a batch as a whole."""
     for count in (1, 4):

@@ -21,6 +21,7 @@ def interrupted(reference_run, tmp_path):
     return runs.copy_until(reference_run, tmp_path / "run", 8)
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment(reference_run, tmp_path):
     seed = secrets.randbits(32)
     print(f"seed {seed}")  # pytest shows it when the test fails
@@ -32,11 +33,14 @@ def test_killed_at_a_random_moment(reference_run, tmp_path):
         time.sleep(random.uniform(0, 0.3))
         process.kill()
         runs.finish(process)
+    # Checkpoints are written behind the steps: on a slow machine none may be whole yet.
+    stored = runs.steps(workdir)
     output, _ = runs.run(workdir)
-    assert "Going on from step" in output or "finished" in output
+    assert not stored or "Going on from step" in output or "finished" in output
     runs.assert_same_run(workdir, reference_run, LAST)
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal(reference_run, tmp_path):
     workdir = tmp_path / "run"
     process = runs.start(workdir)
@@ -62,19 +66,21 @@ def test_finished_run_changes_nothing(reference_run):
     assert runs.fingerprint(reference_run) == before
 
 
+@pytest.mark.slow
 def test_truncated_checkpoint_is_set_aside(reference_run, tmp_path):
     workdir = runs.copy_until(reference_run, tmp_path / "run", 12)
     damaged = workdir / "checkpoints" / "12"
     truncate_largest_file(damaged)
     output, errors = runs.run(workdir)
     assert "Going on from step 8 " in output
-    assert f"The checkpoint {damaged} is damaged" in errors
-    assert "renamed to 12.damaged and the one before it is used." in errors
+    assert f"{damaged} is damaged" in errors
+    assert "renamed to 12.damaged, and the checkpoint before it is used." in errors
     assert len(errors.splitlines()) == 1
     assert damaged.with_name("12.damaged").is_dir()
     runs.assert_same_run(workdir, reference_run, LAST)
 
 
+@pytest.mark.slow
 def test_all_checkpoints_damaged(interrupted):
     lines = runs.metrics(interrupted)
     for step in runs.steps(interrupted):
@@ -102,6 +108,7 @@ def test_checkpoint_of_another_config(interrupted, changed, words):
     assert runs.fingerprint(interrupted) == before
 
 
+@pytest.mark.slow
 def test_diverged_run_stops(interrupted):
     before = runs.fingerprint(interrupted / "checkpoints")
     line = runs.fails(
@@ -114,6 +121,7 @@ def test_diverged_run_stops(interrupted):
     assert runs.fingerprint(interrupted / "checkpoints") == before
 
 
+@pytest.mark.slow
 def test_no_space_left(interrupted, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -136,6 +144,7 @@ def test_no_space_left(interrupted, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_write_that_fails_half_way(reference_run, interrupted):
     """No file may grow beyond 32 KiB, as where a quota is used up, until the second attempt."""
     before = runs.fingerprint(interrupted / "checkpoints")

@@ -98,6 +98,7 @@ def test_a_code_depends_on_those_before_it_only(form):
     assert np.all(np.abs(other - before).max(axis=-1) > 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
 @pytest.mark.parametrize(
     ("num_conditions", "order"), [(1, "row_major"), (4, "row_major"), (4, "random")]
@@ -185,6 +186,7 @@ def test_rotary_positions_are_relative_in_both_directions():
         rotary_angles((2, 2), [(1,)], 6)
 
 
+@pytest.mark.slow
 def test_recomputed_and_unrolled_layers_give_the_same_gradients():
     conditions, codes = inputs()
     gradients = []
@@ -201,6 +203,7 @@ def test_recomputed_and_unrolled_layers_give_the_same_gradients():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients[0], other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["embedding_dropout", "dropout", "attention_dropout"])
 def test_dropout_is_of_training_only(name):
     transformer = tiny_transformer(**REFERENCE, **{name: 0.5})

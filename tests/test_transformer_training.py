@@ -16,7 +16,7 @@ import vqgan_jax
 from transformer_runs import CODEBOOK, CONFIG, GRID, assert_one_line, tiny_config
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.data.codes import open_codes
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.metrics.baselines import code_frequency_bits, left_neighbour_bits
 from vqgan_jax.training.checkpoints import CheckpointError, read_variables
 from vqgan_jax.training.learner import Learner
@@ -71,6 +71,7 @@ def test_codes_of_both_ways_are_those_of_the_tokenizer(transformer_inputs, tmp_p
     batches.close()
 
 
+@pytest.mark.slow
 def test_both_ways_have_one_evaluation(transformer_inputs, tmp_path):
     """And from images too a run goes on as if it had not been stopped."""
     config = tiny_config(training={"num_steps": 4, "evaluate_every": 2})
@@ -140,6 +141,7 @@ PLAIN = {
 MODERN = dict(norm="rms", feed_forward="swiglu", positions="rotary", qk_norm=True, use_bias=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [{}, MODERN], ids=["reference", "modern"])
 def test_only_matrices_decay(learner, form):
     """With no gradient, what moves does so by the learning rate times the decay."""
@@ -201,6 +203,7 @@ def test_inputs_are_corrupted_and_targets_are_not(learner):
     assert accuracy(learner(**PLAIN), 0) == 1.0
 
 
+@pytest.mark.slow
 def test_classes_are_left_out(learner):
     settings = PLAIN | {"condition": {"dropout": 0.25}}
     expected = (NUM_CODES - 0.25) / NUM_CODES  # without its class, the first code is not foretold
@@ -235,6 +238,7 @@ def test_moving_average(learner):
     np.testing.assert_allclose(later.ema_params["head"]["kernel"], expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_batch(float64, learner):
     states = []
     for count in (1, 4):
@@ -254,6 +258,7 @@ def test_accumulated_gradients_are_those_of_the_batch(float64, learner):
 # ---- Going on.
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on(transformer_run, tmp_path):
     process = runs.start(tmp_path / "run", config=CONFIG)
     runs.wait_for_step(process, tmp_path / "run", 5)
@@ -265,6 +270,7 @@ def test_killed_run_goes_on(transformer_run, tmp_path):
     runs.assert_same_run(tmp_path / "run", transformer_run, LAST)
 
 
+@pytest.mark.slow
 def test_run_keeps_its_tokenizer(transformer_run, transformer_inputs, tmp_path):
     """It goes on, and is loaded, when the tokenizer it was begun with is gone."""
     away = tmp_path / "inputs"
@@ -281,6 +287,7 @@ def test_run_keeps_its_tokenizer(transformer_run, transformer_inputs, tmp_path):
     assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused(transformer_run, transformer_inputs, tmp_path):
     """A run that cannot begin leaves nothing behind, and one that has begun stays as it is."""
     other = tmp_path / "other"
@@ -305,6 +312,7 @@ def test_another_tokenizer_is_refused(transformer_run, transformer_inputs, tmp_p
 # ---- Several devices and processes.
 
 
+@pytest.mark.slow
 def test_parameters_are_born_and_kept_split(transformer_inputs, tmp_path):
     """By the rules that every config has; what they compute is the matter of `test_meshes`."""
     config = tiny_config(training={"num_steps": 1})
@@ -318,6 +326,7 @@ def test_parameters_are_born_and_kept_split(transformer_inputs, tmp_path):
             assert tuple(kernel.sharding.partition_spec) == (None, *split)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("processes")  # as in `test_hosts`
 def test_two_processes_go_on(transformer_run, tmp_path):
     """In float32, where sums over devices are rounded in another order."""
@@ -334,6 +343,7 @@ def test_two_processes_go_on(transformer_run, tmp_path):
     assert (workdir / "images" / f"samples_{LAST:08}.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("processes")  # as in `test_hosts`
 def test_two_processes_begin_and_keep_the_tokenizer(transformer_inputs, tmp_path):
     options = ("--config.training.num_steps=2", "--config.training.grid_images=2")
@@ -347,6 +357,7 @@ def test_two_processes_begin_and_keep_the_tokenizer(transformer_inputs, tmp_path
 # ---- What it learns.
 
 
+@pytest.mark.slow
 def test_overfitted_model_gives_back_what_it_has_seen(transformer_inputs, tmp_path):
     """Greedy completion from the first row of codes returns the memorised images."""
     stage2.write_codes(transformer_inputs.directory, "codes_as_they_are")
@@ -376,6 +387,7 @@ def test_overfitted_model_gives_back_what_it_has_seen(transformer_inputs, tmp_pa
 # ---- Beginning from another run.
 
 
+@pytest.mark.slow
 def test_warm_start(transformer_run, tmp_path):
     config = tiny_config(training={"num_steps": 1, "initialize_from": str(transformer_run)})
     config.optimizer.learning_rate = 1e-12
@@ -387,6 +399,7 @@ def test_warm_start(transformer_run, tmp_path):
     assert runs.state(tmp_path / "run", 1)["step"] == 1
 
 
+@pytest.mark.slow
 def test_warm_start_from_another_model(transformer_run, transformer_inputs, tmp_path):
     for changes, path, words in (
         ({"model": {"width": 64}}, transformer_run, "the shape of blocks/"),
@@ -409,8 +422,11 @@ def test_warm_start_from_another_model(transformer_run, transformer_inputs, tmp_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tokenizer": {"path": ""}}, "config.tokenizer.path is empty"),
-        ({"tokenizer": {"path": "/nowhere/else"}}, "There is no /nowhere/else."),
+        ({"tokenizer": {"path": ""}, "data": {"codes": ""}}, "config.tokenizer.path is empty"),
+        (
+            {"tokenizer": {"path": "/nowhere/else"}, "data": {"codes": ""}},
+            "There is no /nowhere/else.",
+        ),
         ({"data": {"codes": "/nowhere/codes"}}, "There is no directory /nowhere/codes/train."),
         ({"model": {"grid": (4, 5)}}, "config.model.grid is (4, 5)"),
         ({"model": {"codebook_size": 32}}, "config.model.codebook_size is 32"),
@@ -431,7 +447,7 @@ def test_warm_start_from_another_model(transformer_run, transformer_inputs, tmp_
             },
             "config.condition.start_token is 24",
         ),
-        ({"sampling": {"top_p": 0.0}}, "top_p must be in (0, 1]"),
+        ({"sampling": {"top_p": 0.0}}, "top_p is 0.0; it must be above 0"),
         ({"training": {"batch_size": 7}, "mesh": {"data": 2}}, "does not fit 1 devices"),
         ({"data": {"codes": ""}, "tokenizer": {"resolution": 18}}, "config.tokenizer.resolution"),
         ({"data": {"codes": "", "num_labels": 5}}, "config.data.num_labels is 5"),
@@ -445,6 +461,7 @@ def test_errors_are_one_line_and_write_nothing(transformer_inputs, tmp_path, cha
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_codes_of_another_grid_and_without_classes(transformer_inputs, tmp_path):
     inputs = tmp_path / "inputs"
     shutil.copytree(transformer_inputs.directory, inputs)

@@ -391,7 +391,7 @@ def test_sizes_of_networks_survive_json():
     [
         ({"architecture": "mlp"}, "'mlp'; it must be one of conv, vit"),
         ({"vit.encoder.heads": 3}, "config.model.vit.encoder.width 16 is not divisible by config"),
-        ({"vit.decoder.layers": 0}, "config.model.vit.decoder.layers is 0; it must be positive"),
+        ({"vit.decoder.layers": 0}, "config.model.vit.decoder.layers is 0; it must be at least 1"),
         ({"vit.patch": 0}, "config.model.vit.patch is 0"),
         ({"norm": "layer"}, "config.model.norm is for the convolutional architecture"),
         ({"vit.patch": 5}, "config.model.resolution is 16, which the model's factor 5 does not"),

@@ -19,6 +19,8 @@ from vqgan_jax.sample import sample
 from vqgan_jax.tokenize import tokenize
 from vqgan_jax.training.checkpoints import read_variables, write_export
 
+pytestmark = pytest.mark.slow
+
 CONFIG = runs.CONFIG.with_name("tiny_vit_config.py")
 
 
@@ -36,6 +38,7 @@ def codes(run, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_training_goes_on_bit_for_bit_and_learns_every_term(run, tmp_path):
     resumed = runs.copy_until(run, tmp_path / "run", 2)
     runs.run(resumed, config=CONFIG)
@@ -60,6 +63,7 @@ def test_reconstructions_of_other_sizes(run, run_inputs, tmp_path):
         assert np.isfinite(picture["psnr"])
 
 
+@pytest.mark.slow
 def test_codes_on_disk_are_those_of_the_tokenizer(run, codes):
     tokenizer = vqgan_jax.load(run)
     assert (tokenizer.factor, tokenizer.codebook_size) == (8, 16)
@@ -75,6 +79,7 @@ def test_codes_on_disk_are_those_of_the_tokenizer(run, codes):
         assert (stored.reshape(11, 16) == row).sum(axis=1).max() >= 15
 
 
+@pytest.mark.slow
 def test_transformer_of_its_codes_and_samples(run, codes, tmp_path, monkeypatch):
     monkeypatch.setenv(*stage2.inputs_environment(tmp_path).popitem())
     config = stage2.tiny_config(

@@ -8,7 +8,6 @@ import pathlib
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import time
 
@@ -17,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from PIL import Image
 
+import programs
 import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -76,12 +76,9 @@ def start(
     if process is not None:
         environment |= process_environment(*process)
     command = [sys.executable, "-m", "vqgan_jax.train", f"--config={config}:{dtype}"]
-    return subprocess.Popen(
+    return programs.Program(
         [*command, f"--workdir={workdir}", *arguments],
         env=environment | dict(variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
     )
 
 
@@ -174,7 +171,7 @@ def metrics(workdir):
 
 def steps(workdir):
     """The steps of the checkpoints in a run directory."""
-    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
 
 
 def state(workdir, step):

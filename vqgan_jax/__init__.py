@@ -1,5 +1,9 @@
 """Image tokenizers (VQGAN) and autoregressive transformers over their codes, in JAX and Flax."""
 
+import os
+import signal
+import sys
+
 __version__ = "0.1.0"
 
 
@@ -14,3 +18,16 @@ def __getattr__(name):
 
         return generation.Generator
     raise AttributeError(f"module 'vqgan_jax' has no attribute {name!r}")
+
+
+def _interrupted(_number, _frame):
+    """Ctrl-C while a command imports what it needs: nothing is begun, and nobody else would end it.
+
+    An exception could come to be raised where it is ignored, as in a callback of the collector.
+    """
+    print("Interrupted.", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+if any(part.startswith("vqgan_jax.") for part in sys.orig_argv[1:4]):  # python -m vqgan_jax.NAME
+    signal.signal(signal.SIGINT, _interrupted)  # until `commands.run` takes over

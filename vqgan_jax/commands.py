@@ -5,26 +5,31 @@ Exit codes:
     0   done.
     1   bad input, or an error that the same command would run into again; one line says which.
     75  stopped before the end: by SIGTERM or Ctrl-C with all saved, or because another process of
-        the run did not come or is gone. The same command goes on; a launcher starts it again.
+        the run did not come or is gone. The same command resumes; a launcher starts it again.
+    130 interrupted by Ctrl-C with nothing to save.
 """
 
+import contextlib
 import logging
+import math
 import os
 import re
+import signal
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import absl.logging
 from absl import app, flags
 
 from vqgan_jax import distributed
 from vqgan_jax.configuration import ConfigError
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.peers import LIVENESS_SECONDS, START_AGAIN, HostError
 
+INTERRUPTED = 130
 STARTED = time.time()  # of the process, but for what is imported above
 # For an error to turn out as the consequence of another process's end. What is not an error of
 # ours mostly is one, and the host may just have vanished.
@@ -34,20 +39,32 @@ _LOSS_SECONDS, _LONG_LOSS_SECONDS = 1.0, LIVENESS_SECONDS + 10.0
 _CONNECTION_WORDS = ("Gloo", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command; what goes wrong ends it with one line on stderr and an exit code of these."""
-    quiet_libraries()
+def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
+    """Runs a command; what goes wrong ends it with one line on stderr and an exit code of these.
 
-    def guarded(arguments):
+    `arguments` are names of what the command takes beside flags, which `main` is called with.
+    """
+    quiet_libraries()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # names of files may be what they cannot write
+        stream.reconfigure(errors="backslashreplace")
+
+    def guarded(given):
         absl.logging.set_verbosity(absl.logging.WARNING)
-        if len(arguments) > 1:
-            _fail(f"unexpected argument {arguments[1]!r}; see --help.")
+        if len(given) - 1 > len(arguments):
+            _fail(f"unexpected argument {given[1 + len(arguments)]!r}; see --help.")
+        if len(given) - 1 < len(arguments):
+            _fail(f"the argument {arguments[len(given) - 1]} is missing; see --help.")
+        for name in flags.FLAGS:
+            value = flags.FLAGS[name].value
+            if isinstance(value, float) and not math.isfinite(value):
+                _fail(f"--{name} is {value}; it must be a finite number.")
         from vqgan_jax.training.checkpoints import CheckpointError
         from vqgan_jax.training.logging import NonFiniteError
         from vqgan_jax.training.stopping import Preempted
 
         try:
-            main()
+            main(*given[1:])
             distributed.leave()
         except Preempted as stop:
             print(stop, file=sys.stderr)
@@ -61,10 +78,24 @@ def run(main: Callable[[], None]) -> None:
         except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
             distributed.wait_for_loss(_LOSS_SECONDS)
             _fail(str(error))
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads what is still to be written
+            distributed.leave(1, "its output was closed")
+            sys.exit(1)
         except OSError as error:
             distributed.wait_for_loss(_LOSS_SECONDS)
             _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
         except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) and distributed.is_alone():
+                interrupted()
+            if "Could not determine home directory" in str(error):  # pathlib's words
+                named = [part for part in sys.argv if "~" in part] or ["A path"]
+                _fail(f"{named[0]} begins with ~ and the name of a user that does not exist.")
+            if is_out_of_memory(error):
+                _fail(
+                    f"There is not enough memory ({_first_words(error)[:200]}). Take a smaller "
+                    "batch, smaller images or a smaller model."
+                )
             if distributed.is_alone():
                 raise
             if not isinstance(error, KeyboardInterrupt):
@@ -81,9 +112,23 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def interrupted() -> None:
+    """Ends a command that has nothing to save, without waiting for its threads."""
+    _print("Interrupted.")
+    sys.stdout.flush()
+    os._exit(INTERRUPTED)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, NumPy or XLA says that memory ran out."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _parse(arguments):
     try:
         return flags.FLAGS(arguments)
+    except KeyboardInterrupt:
+        interrupted()
     except SystemExit:  # absl has shown the help, and would end with an error's exit code
         sys.exit(0)
     except Exception as error:  # a config file is a program and can raise anything
@@ -132,7 +177,12 @@ def _fail(message: str) -> None:
 
 
 def _print_error(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    _print(f"error: {message}")
+
+
+def _print(line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:
@@ -161,6 +211,8 @@ def _from_writer(record: logging.LogRecord) -> bool:
 
 def _unraisablehook(unraisable):
     """Silent on what is left of a checkpoint's reader or writer that failed and was reported."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt) and distributed.is_alone():
+        interrupted()
     text = str(unraisable.exc_value)
     if text != "Event loop is closed" and not text.startswith("Encountered error while reading"):
         sys.__unraisablehook__(unraisable)

@@ -9,7 +9,7 @@ PyTorch is not needed, and nothing in a checkpoint is executed. Existing files s
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -20,6 +20,7 @@ from vqgan_jax import commands
 from vqgan_jax.configuration import downsampling_factor
 from vqgan_jax.interop import taming, torch_file
 from vqgan_jax.interop.taming_options import ConversionError, read_yaml
+from vqgan_jax.interop.taming_transformer import ROOTS as TRANSFORMER_ROOTS
 from vqgan_jax.interop.taming_transformer import (
     state_dict_from_transformer,
     transformer_from_state_dict,
@@ -32,6 +33,7 @@ from vqgan_jax.interop.taming_transformer_yaml import (
 )
 from vqgan_jax.interop.taming_yaml import config_from_yaml, reference_class, yaml_from_config
 from vqgan_jax.interop.torch_pickle import CheckpointFileError
+from vqgan_jax.interop.wrappers import EMA, RAW, unwrap
 from vqgan_jax.training.checkpoints import (
     TOKENIZER,
     condition_folder,
@@ -41,20 +43,34 @@ from vqgan_jax.training.checkpoints import (
 )
 
 
-def convert(checkpoint_file: Path, description_file: Path, output: Path) -> None:
-    """Writes the export `output` from a PyTorch file and its yaml, and prints what is in it."""
+def convert(checkpoint_file: Path, description_file: Path, output: Path, weights: str = "") -> None:
+    """Writes the export `output` from a PyTorch file and its yaml, and prints what is in it.
+
+    `weights` are those of `wrappers.unwrap`: "ema" or "raw"; empty for the average where there is
+    one.
+    """
     if output.exists():
         raise ConversionError(f"{output} exists already; choose another --output.")
     project = read_yaml(description_file)
     if is_transformer(project):
-        _convert_transformer(checkpoint_file, project, output)
+        _convert_transformer(checkpoint_file, project, output, weights)
     else:
-        _convert_tokenizer(checkpoint_file, project, output)
+        _convert_tokenizer(checkpoint_file, project, output, weights)
 
 
-def _convert_tokenizer(checkpoint_file: Path, project: Mapping, output: Path) -> None:
+def _read(checkpoint_file: Path, roots: Sequence[str], weights: str) -> dict:
+    """The tensors of a model in a file, with a line on each thing that was chosen."""
+    tensors, notes = unwrap(torch_file.read_checkpoint(checkpoint_file), roots, weights)
+    for note in notes:
+        print(f"Takes {note}.")
+    if not torch_file.has_checksums(checkpoint_file):
+        print("PyTorch's format before 1.6 has no checksums: damaged weights would not be noticed.")
+    return tensors
+
+
+def _convert_tokenizer(checkpoint_file: Path, project: Mapping, output: Path, weights: str) -> None:
     config = config_from_yaml(project)
-    state_dict = taming.state_dict_of(torch_file.read_checkpoint(checkpoint_file))
+    state_dict = taming.state_dict_of(_read(checkpoint_file, taming.ROOTS, weights))
     variables, report = taming.variables_from_state_dict(state_dict, config)
     discriminator = taming.discriminator_from_state_dict(state_dict, config)
     write_export(output, config, variables, discriminator)
@@ -72,10 +88,12 @@ def _convert_tokenizer(checkpoint_file: Path, project: Mapping, output: Path) ->
     print(f"  python -m vqgan_jax.reconstruct --checkpoint={output} --input=PICTURES --output=seen")
 
 
-def _convert_transformer(checkpoint_file: Path, project: Mapping, output: Path) -> None:
+def _convert_transformer(
+    checkpoint_file: Path, project: Mapping, output: Path, weights: str
+) -> None:
     description = transformer_from_yaml(project)
     config, tokenizer = description.config, description.tokenizer
-    state_dict = transformer_state_dict_of(torch_file.read_checkpoint(checkpoint_file))
+    state_dict = transformer_state_dict_of(_read(checkpoint_file, TRANSFORMER_ROOTS, weights))
     converted = transformer_from_state_dict(state_dict, description)
     tokenizers = {TOKENIZER: (tokenizer, converted.tokenizer)}
     for name, (variables, _) in converted.of_conditions.items():
@@ -232,10 +250,14 @@ def main() -> None:
     try:
         if options.reverse and options.config:
             raise ConversionError("--config does not go with --reverse: the input holds its own.")
+        if options.reverse and options.weights:
+            raise ConversionError("--weights is for PyTorch files; it does not go with --reverse.")
         if options.reverse:
             convert_back(Path(options.input), Path(options.output))
         elif options.config:
-            convert(Path(options.input), Path(options.config), Path(options.output))
+            convert(
+                Path(options.input), Path(options.config), Path(options.output), options.weights
+            )
         else:
             raise ConversionError("--config is missing: the yaml that describes the model.")
     except (ConversionError, CheckpointFileError) as error:
@@ -250,6 +272,12 @@ def _define_flags() -> None:
     flags.DEFINE_string("config", None, "The model's yaml, as the reference describes it.")
     flags.DEFINE_string(
         "output", None, "A new directory; with --reverse a new file X.ckpt.", required=True
+    )
+    flags.DEFINE_enum(
+        "weights",
+        "",
+        ["", EMA, RAW],
+        "Of a file with a moving average: ema takes it, which is the default, and raw the others.",
     )
     flags.DEFINE_bool("reverse", False, "From ours to PyTorch, with X.yaml beside X.ckpt.")
 

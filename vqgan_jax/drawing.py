@@ -12,7 +12,7 @@ from PIL import Image
 
 from vqgan_jax.conditions.files import in_turn, read_known_part
 from vqgan_jax.conditions.layouts import Layout
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.sampling.sliding_window import steps_of_codes
 from vqgan_jax.training.progress import format_duration
 

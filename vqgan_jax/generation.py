@@ -34,6 +34,7 @@ class Generator:
     Attributes:
         config: the config of its training, resolved.
         params: the transformer's.
+        transformer: the network, a Flax module.
         tokenizer: what decodes its codes.
         of_conditions: the tokenizers of its condition images, by name.
         given: how conditions are given.
@@ -52,7 +53,7 @@ class Generator:
         self.of_conditions = dict(of_conditions or {})
         self.given = GivenConditions(config, tokenizer.factor, self.of_conditions)
         self.class_names = config.condition.class_names
-        self._transformer = make_transformer(config)
+        self.transformer = make_transformer(config)
         self._conditions = Conditions.from_config(config)
         # Of the two in the middle of a window, the reference's scenes have the earlier code there.
         later = 0 if "layout" in config.condition.kinds else 1
@@ -380,7 +381,7 @@ class Generator:
     def _draw_rows(self, params, key, filters, scales, given, indices, known, known_mask):
         parts, null = self._contexts(given, scales is not None, indices)
         return sample_codes(
-            self._transformer,
+            self.transformer,
             params,
             _joined(parts),
             key,
@@ -395,7 +396,7 @@ class Generator:
     def _slide_rows(self, params, key, filters, scales, first, count, given, indices, codes, mask):
         parts, null = self._contexts(given, scales is not None, indices)
         return sample_steps(
-            self._transformer,
+            self.transformer,
             params,
             parts,
             key,
@@ -415,7 +416,7 @@ class Generator:
 
     def _log_likelihood(self, params, given, codes):
         parts, _ = self._contexts(given, False, codes)
-        return log_likelihood(self._transformer, params, _joined(parts), codes)
+        return log_likelihood(self.transformer, params, _joined(parts), codes)
 
 
 def to_rgb(tokenizer: Tokenizer, decoded: jax.Array) -> np.ndarray:

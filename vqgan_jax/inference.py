@@ -1,17 +1,22 @@
 """Trained models for other programs: `vqgan_jax.load(path)`."""
 
+import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from vqgan_jax.conditions.kinds import Conditions
 from vqgan_jax.configuration import downsampling_factor
 from vqgan_jax.configuration.common import value_at
+from vqgan_jax.configuration.documents import first_line
 from vqgan_jax.data.images import prepare_images
 from vqgan_jax.models.tiled_decoding import decode_codes
 from vqgan_jax.models.tiled_encoding import encode_images
@@ -232,8 +237,6 @@ def load(path: str | os.PathLike, tokenizer: str | os.PathLike = ""):
         if tokenizer:
             raise CheckpointError(f"{path} is a tokenizer itself; it takes no other one.")
         return _tokenizer(path, config, variables)
-    from vqgan_jax.generation import Generator
-
     of_conditions = {
         name: load_tokenizer(tokenizer_path(path, condition_folder(name)))
         for name in config.condition.kinds
@@ -248,7 +251,7 @@ def load(path: str | os.PathLike, tokenizer: str | os.PathLike = ""):
                 "or one that was trained from it with its encoder and quantizer frozen."
             )
         own = other
-    return Generator(config, variables["params"], own, of_conditions)
+    return _generator(path, config, variables["params"], own, of_conditions)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -263,18 +266,70 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     return _tokenizer(path, config, variables)
 
 
+def _generator(path: str | os.PathLike, config: ConfigDict, params, tokenizer, of_conditions):
+    from vqgan_jax.generation import Generator
+
+    with _building(path):
+        generator = Generator(config, params, tokenizer, of_conditions)
+        num_conditions = Conditions.from_config(config).num_tokens
+        tokens = [(1, num_conditions), (1, math.prod(config.model.grid))]
+        described = jax.eval_shape(
+            generator.transformer.init,
+            jax.random.key(0),
+            *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in tokens),
+        )
+    _compare_shapes(path, shapes(params), shapes(described["params"]))
+    made = {"model": (config.model.codebook_size, tokenizer)}
+    for name, own in of_conditions.items():
+        made[f"condition.images.{name}"] = config.condition.images[name].codebook_size, own
+    for section, (size, own) in made.items():
+        if size != own.codebook_size:
+            raise CheckpointError(
+                f"{path} does not fit its tokenizers: config.{section}.codebook_size is {size}, "
+                f"and the tokenizer there has {own.codebook_size} codes."
+            )
+    return generator
+
+
 def _tokenizer(path: str | os.PathLike, config: ConfigDict, variables) -> Tokenizer:
-    tokenizer = Tokenizer(config, variables)
+    with _building(path):
+        tokenizer = Tokenizer(config, variables)
     _check_shapes(path, tokenizer)
     return tokenizer
 
 
 def _check_shapes(path: str | os.PathLike, tokenizer: Tokenizer) -> None:
     """Raises `CheckpointError` where the variables are not those that the config describes."""
-    channels = tokenizer.config.model.in_channels
-    images = jax.ShapeDtypeStruct((1, tokenizer.factor, tokenizer.factor, channels), jnp.float32)
-    described = shapes(jax.eval_shape(tokenizer.module.init, jax.random.key(0), images))
+    model = tokenizer.config.model
     found = shapes(tokenizer.variables)
+    blocks = model.num_res_blocks * len(model.channel_multipliers)
+    if model.architecture == "conv" and blocks > len(found):  # tracing them all could take hours
+        raise CheckpointError(
+            f"{path} does not fit its own config: that describes {blocks} blocks or more, and "
+            f"there are {len(found)} arrays."
+        )
+    images = jax.ShapeDtypeStruct(
+        (1, tokenizer.factor, tokenizer.factor, model.in_channels), jnp.float32
+    )
+    with _building(path):
+        described = shapes(jax.eval_shape(tokenizer.module.init, jax.random.key(0), images))
+    _compare_shapes(path, found, described)
+
+
+@contextlib.contextmanager
+def _building(path: str | os.PathLike) -> Iterator[None]:
+    """Around what builds a model by a stored config: what fails there is the config's fault."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):  # of the machine
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is damaged: its config describes no model ({first_line(error)})."
+        ) from error
+
+
+def _compare_shapes(path: str | os.PathLike, found: dict, described: dict) -> None:
     different = sorted(described.items() ^ found.items())
     if different:
         name = different[0][0]

@@ -24,7 +24,8 @@ import numpy as np
 from absl import flags
 
 from vqgan_jax import commands
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.checkpoints.directory_lock import is_empty
+from vqgan_jax.errors import DataError
 
 RESULTS, CHART, CLASSIFIER, FINETUNED = "probe.json", "probe.png", "classifier", "finetuned"
 ALL = "all"
@@ -94,7 +95,7 @@ def probe(
     from vqgan_jax.probing.finetuning import Schedule, finetune, finetuned_accuracy
 
     output, data = pathlib.Path(output), data or Data()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not (output.is_dir() and is_empty(output)):
         raise DataError(f"{output} exists and is not empty; choose another --output.")
     loaded = load(checkpoint)
     model = FeatureModel(loaded)
@@ -186,7 +187,7 @@ def open_data(config, data: Data) -> Sequence[str]:
     Raises:
         DataError: there is no such data, or its images have no classes or one alone.
     """
-    from vqgan_jax.data.sources import source_of_tokenizer
+    from vqgan_jax.data.sources import open_configured
 
     if data.images < 0 or data.batch_size < 1:
         raise DataError("--images must not be negative, and --batch_size must be at least 1.")
@@ -194,7 +195,7 @@ def open_data(config, data: Data) -> Sequence[str]:
     config.data.data_dir = data.data_dir or config.data.data_dir
     names = []
     for split in (data.train_split, data.validation_split):
-        names.append(source_of_tokenizer(config, split).class_names or ())
+        names.append(open_configured(config.data, split, config.model.resolution).class_names or ())
     if not names[0]:
         raise DataError(f"The images of {config.data.name} have no classes to tell apart.")
     if len(names[0]) < 2:
@@ -271,10 +272,10 @@ def fit_all(model, names: Sequence[str], data: Data, num_classes: int, memory: f
 
 def num_images(config, data: Data) -> int:
     """Images of both splits together, at most."""
-    from vqgan_jax.data.sources import source_of_tokenizer
+    from vqgan_jax.data.sources import open_configured
 
     def count(split):
-        length = len(source_of_tokenizer(config, split))
+        length = len(open_configured(config.data, split, config.model.resolution))
         return min(length, data.images or length)
 
     return count(data.train_split) + count(data.validation_split)
@@ -332,8 +333,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("dataset", "", "With classes; that of the model's training by default.")
     flags.DEFINE_string("train_split", "train", "That classifiers are fitted to.")
     flags.DEFINE_string("validation_split", "validation", "That they are judged on.")
-    flags.DEFINE_integer("images", 0, "At most so many of each split; 0 for all.")
-    flags.DEFINE_integer("batch_size", 64, "Images at once.")
+    flags.DEFINE_integer("images", 0, "At most so many of each split; 0 for all.", lower_bound=0)
+    flags.DEFINE_integer("batch_size", 64, "Images at once.", lower_bound=1)
     flags.DEFINE_string("data_dir", "", "Where data sets are.")
     flags.DEFINE_float(
         "memory", 4.0, "GiB of features of one pass; fitting needs more.", lower_bound=0.0
@@ -341,8 +342,8 @@ def _define_flags() -> None:
     flags.DEFINE_bool("finetune", False, "Train the transformer up to --block further.")
     flags.DEFINE_integer("epochs", 10, "Of --finetune.", lower_bound=1)
     flags.DEFINE_integer("finetune_batch_size", 32, "Images an update.", lower_bound=1)
-    flags.DEFINE_float("learning_rate", 1e-4, "Of --finetune, at its peak.")
-    flags.DEFINE_float("weight_decay", 0.01, "Of --finetune.")
+    flags.DEFINE_float("learning_rate", 1e-4, "Of --finetune, at its peak.", lower_bound=0.0)
+    flags.DEFINE_float("weight_decay", 0.01, "Of --finetune.", lower_bound=0.0)
     flags.mark_flags_as_required(["checkpoint", "output"])
 
 

@@ -32,9 +32,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vqgan_jax import commands
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.checkpoints.directory_lock import is_empty, locked
+from vqgan_jax.configuration.memory import require_memory
 from vqgan_jax.data.images import prepare_images, to_uint8
 from vqgan_jax.data.inputs import Picture, list_pictures
+from vqgan_jax.errors import DataError
 from vqgan_jax.inference import Tokenizer, load_tokenizer
 from vqgan_jax.interop.lpips import check_lpips, load_lpips
 from vqgan_jax.metrics.codebook import code_counts, perplexity, usage
@@ -82,17 +84,25 @@ def reconstruct(
         DataError: the output is in use, an input does not exist, or no picture can be used.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not (output.is_dir() and is_empty(output)):
         raise DataError(f"{output} exists and is not empty; choose another --output.")
+    if batch_size < 1 or validation_images < 1:
+        raise DataError("--batch_size and --validation_images must be at least 1.")
     tokenizer = load_tokenizer(checkpoint)
     config = tokenizer.config
+    side = resize or config.model.resolution
+    require_memory(
+        batch_size * side**2 * 3 * 4,
+        f"A batch of {batch_size} images of {side} x {side} pixels",
+        "take a smaller --batch_size or --resize",
+    )
     if data_dir:
         config.data.data_dir = data_dir
     smallest = tokenizer.factor if config.data.num_labels else max(SMALLEST, tokenizer.factor)
     pictures = list_pictures(
         inputs, config, smallest, resize, validation_images, reserved=(GRID, METRICS)
     )
-    with ThreadPoolExecutor(THREADS) as pool:
+    with locked(output), ThreadPoolExecutor(THREADS) as pool:
         groups, skipped = group_by_shape(pictures, pool)
         for error in skipped.values():
             print(f"skipped: {error}", file=sys.stderr)
@@ -104,19 +114,19 @@ def reconstruct(
         lpips = lpips_parameters(config)
         results = reconstruct_groups(tokenizer, lpips, groups, batch_size, output, pool)
 
-    entries = [results.entries[name] for name in usable]
-    shown = [results.thumbnails[name] for name in usable if name in results.thumbnails]
-    overview(shown).save(output / GRID)
-    summary = summarize(entries, results.code_counts) | {
-        "lpips_network": config.loss.perceptual_network.backbone if lpips else None,
-        "checkpoint": str(checkpoint),
-        "skipped": [str(error) for error in skipped.values()],
-        "pictures": entries,
-    }
-    (output / METRICS).write_text(json.dumps(without_infinity(summary), indent=2) + "\n")
-    print_table(summary)
-    print(f"Wrote {output}: the pictures, {GRID} and {METRICS}.")
-    return summary
+        entries = [results.entries[name] for name in usable]
+        shown = [results.thumbnails[name] for name in usable if name in results.thumbnails]
+        overview(shown).save(output / GRID)
+        summary = summarize(entries, results.code_counts) | {
+            "lpips_network": config.loss.perceptual_network.backbone if lpips else None,
+            "checkpoint": str(checkpoint),
+            "skipped": [str(error) for error in skipped.values()],
+            "pictures": entries,
+        }
+        (output / METRICS).write_text(json.dumps(without_infinity(summary), indent=2) + "\n")
+        print_table(summary)
+        print(f"Wrote {output}: the pictures, {GRID} and {METRICS}.")
+        return summary
 
 
 # ---- Pictures in, figures out.

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.sample_files import leftovers, path_of, write_atomically
 
 Classifier = Callable[[np.ndarray], np.ndarray]

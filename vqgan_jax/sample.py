@@ -22,6 +22,7 @@ returns class probabilities `(B, classes of the model)`. What is drawn is in `ca
 with its score; the samples are the accepted ones, and `scores.json` says which and how they scored.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -36,9 +37,11 @@ from absl import flags
 from PIL import Image
 
 from vqgan_jax import commands, distributed
+from vqgan_jax.checkpoints.directory_lock import locked
 from vqgan_jax.conditions.files import SIDES, read_conditions
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.configuration.memory import require_memory
 from vqgan_jax.drawing import Drawing, Film
+from vqgan_jax.errors import DataError
 from vqgan_jax.rejection import (
     CANDIDATES,
     Rejection,
@@ -126,7 +129,7 @@ def sample(
     condition = generator.config.condition
     try:
         if not classes and "class" in condition.kinds:
-            classes = [str(i) for i in range(condition.num_classes)]
+            classes = range(condition.num_classes)
         if classes and "class" not in condition.kinds:
             raise ValueError("this model has no classes.")
         labels = generator.given.labels(list(classes), len(classes)) if classes else None
@@ -144,6 +147,17 @@ def sample(
             generator.check_window("pictures of images as they form (--animate)")
     except ValueError as error:
         raise DataError(str(error)) from error
+    pixels = math.prod(generator.size_of(grid)) * 3
+    require_memory(
+        num_samples * (pixels if "npz" in formats else 16),
+        f"--num_samples={num_samples}",
+        "draw fewer at a time, or without --format=npz",
+    )
+    require_memory(
+        (batch_size or 1) * pixels * 4,
+        f"A batch of {batch_size or 1} images of {' x '.join(map(str, generator.size_of(grid)))}",
+        "take a smaller --batch_size, --height or --width",
+    )
     for kind in condition.images.keys() & files.keys():
         for file, picture in files[kind].items():
             try:
@@ -173,33 +187,38 @@ def sample(
     settings |= {"model": generator.fingerprint} | drawing.settings()
     if rejection is not None:
         settings |= {"classifier": classifier, "acceptance": acceptance}
-    compare(output, settings)
-    distributed.barrier("sample: compared")
-    if jax.process_index() == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        if not (output / SETTINGS).exists():
-            write_atomically(output / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
-    distributed.barrier("sample: begun")
-
-    of_sample = None if labels is None else labels[np.arange(num_samples) % len(labels)]
-    if "png" in formats or stored_samples(output / ARRAYS) != num_samples:
-        batch_size = batch_size or drawing.batch_size
-        if rejection is None:
-            draw_missing(drawing, output, output, np.arange(num_samples), batch_size, animate)
-        elif not is_accepted(rejection, output):
-            folder = output / CANDIDATES
-            folder.mkdir(exist_ok=True)
-            draw_missing(drawing, output, folder, rejection.numbers, batch_size, animate, rejection)
-        distributed.barrier("sample: drawn", distributed.NO_TIMEOUT)
+    with locked(output) if jax.process_index() == 0 else contextlib.nullcontext():
+        compare(output, settings)
+        distributed.barrier("sample: compared")
         if jax.process_index() == 0:
-            arrays = {} if rejection is None else accept(rejection, output)
-            finish(output, num_samples, of_sample, generator.class_names, formats, arrays)
-    if jax.process_index() == 0:
-        if "png" not in formats:
-            for index in range(num_samples):
-                path_of(output, index).unlink(missing_ok=True)
-            shutil.rmtree(output / CANDIDATES, ignore_errors=True)
-        print(f"{output} has {num_samples} samples: {', '.join(formats)}.")
+            output.mkdir(parents=True, exist_ok=True)
+            if not (output / SETTINGS).exists():
+                write_atomically(
+                    output / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode()
+                )
+        distributed.barrier("sample: begun")
+
+        of_sample = None if labels is None else labels[np.arange(num_samples) % len(labels)]
+        if "png" in formats or stored_samples(output / ARRAYS) != num_samples:
+            batch_size = batch_size or drawing.batch_size
+            if rejection is None:
+                draw_missing(drawing, output, output, np.arange(num_samples), batch_size, animate)
+            elif not is_accepted(rejection, output):
+                folder = output / CANDIDATES
+                folder.mkdir(exist_ok=True)
+                draw_missing(
+                    drawing, output, folder, rejection.numbers, batch_size, animate, rejection
+                )
+            distributed.barrier("sample: drawn", distributed.NO_TIMEOUT)
+            if jax.process_index() == 0:
+                arrays = {} if rejection is None else accept(rejection, output)
+                finish(output, num_samples, of_sample, generator.class_names, formats, arrays)
+        if jax.process_index() == 0:
+            if "png" not in formats:
+                for index in range(num_samples):
+                    path_of(output, index).unlink(missing_ok=True)
+                shutil.rmtree(output / CANDIDATES, ignore_errors=True)
+            print(f"{output} has {num_samples} samples: {', '.join(formats)}.")
 
 
 def draw_missing(
@@ -316,8 +335,13 @@ def _define_flags() -> None:
         "tokenizer", "", "Another tokenizer of the same codes, as one with a larger decoder."
     )
     flags.DEFINE_string("output", None, "A new directory, or one that was begun.")
-    flags.DEFINE_integer("num_samples", 64, "How many images there shall be.")
-    flags.DEFINE_list("class", [], "Their classes in turn, by name or number; all by default.")
+    flags.DEFINE_integer("num_samples", 64, "How many images there shall be.", lower_bound=1)
+    flags.DEFINE_list(
+        "class",
+        [],
+        "Their classes in turn, by name, or as #PLACE in the list of classes, from 0 on; all by "
+        "default. A name with a comma is quoted within: --class='\"a, b\",c'.",
+    )
     flags.DEFINE_list("format", ["png", "grid"], f"Of {', '.join(FORMATS)}.")
     flags.DEFINE_integer(
         "batch_size", None, "Samples at once on each device; 16, and fewer of large images."

@@ -1,6 +1,5 @@
 """The files of drawn samples: PNGs by number, an overview, arrays, and the settings of it all."""
 
-import json
 import math
 import os
 import pathlib
@@ -10,7 +9,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.checkpoints.directory_lock import is_empty
+from vqgan_jax.configuration.common import shortened
+from vqgan_jax.configuration.documents import parse_json, read_bytes
+from vqgan_jax.errors import DataError
 
 GRID, ARRAYS, SETTINGS = "grid.png", "samples.npz", "settings.json"
 GRID_SAMPLES, GRID_COLUMNS, GRID_SIDE, LARGEST_SIDE = 64, 8, 128, 512
@@ -21,17 +23,20 @@ def compare(output: pathlib.Path, settings: dict) -> None:
     """Raises `DataError` where `output` is not new, empty, or begun with the same settings."""
     file = output / SETTINGS
     if file.is_file():
-        stored = json.loads(file.read_text())
+        stored = parse_json(read_bytes(file), str(file))
+        if not isinstance(stored, dict):
+            raise DataError(f"{file} is damaged: it holds no settings.")
         names = dict.fromkeys((*settings, *stored))
         different = [name for name in names if stored.get(name) != settings.get(name)]
         if different:
             name = different[0]
             raise DataError(
-                f"{output} was begun with {name} {stored.get(name)}, and this is "
-                f"{settings.get(name)}; choose another --output."
+                f"{output} was begun with {name} {shortened(stored.get(name))}, and this is "
+                f"{shortened(settings.get(name))}; choose another --output."
             )
         return
-    if output.exists() and not (output.is_dir() and set(output.iterdir()) <= leftovers(output)):
+    left = [path.name for path in leftovers(output)]
+    if output.exists() and not (output.is_dir() and is_empty(output, besides=left)):
         raise DataError(f"{output} exists and is not empty; choose another --output.")
 
 

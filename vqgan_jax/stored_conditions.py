@@ -24,8 +24,8 @@ from vqgan_jax.data.condition_sources import (
     Coordinates,
     Layouts,
 )
-from vqgan_jax.data.errors import DataError
-from vqgan_jax.data.sources import Feature, open_source
+from vqgan_jax.data.sources import Feature, open_configured
+from vqgan_jax.errors import DataError
 from vqgan_jax.inference import Tokenizer, load_tokenizer
 from vqgan_jax.training.encoding import check_channels, check_one_code
 
@@ -84,15 +84,7 @@ def open_condition(
 def _open_layouts(path: str, data: ConfigDict, split: str, resolution: int) -> Layouts:
     layout = _read_config(path).condition.layout
     features = {Layouts.feature: Feature.OBJECTS}
-    source = open_source(
-        data.name,
-        split,
-        data.data_dir,
-        data.image_key,
-        resolution,
-        data.num_labels > 0,
-        features,
-    )
+    source = open_configured(data, split, resolution, features)
     names = source.object_names or tuple(layout.class_names)
     count = layout.num_classes or len(names)
     if count == 0 or (names and count != len(names)):

@@ -2,7 +2,7 @@
 
     python -m vqgan_jax.tokenize --checkpoint=runs/quickstart --dataset=earth \\
         --split=train,validation --output=codes/earth --augment=flip
-    python -m vqgan_jax.tokenize --info=codes/earth
+    python -m vqgan_jax.describe codes/earth
     python -m vqgan_jax.tokenize --verify=codes/earth
 
 `--conditions=segmentation=PATH,edges=PATH,low_resolution:4=PATH,coordinates=1024` also writes the
@@ -20,6 +20,7 @@ not depend on how many processes and devices made them.
 """
 
 import contextlib
+import json
 import math
 import pathlib
 import time
@@ -34,16 +35,20 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from vqgan_jax import commands, distributed
+from vqgan_jax.checkpoints.directory_lock import locked
+from vqgan_jax.configuration.memory import require_memory
 from vqgan_jax.data.augmentations import AllViews, list_views
-from vqgan_jax.data.code_manifest import CodesInfo
-from vqgan_jax.data.code_report import print_info, verify
-from vqgan_jax.data.code_writer import CodeWriter, ShardImages
+from vqgan_jax.data.code_manifest import ORIGIN, CodesInfo
+from vqgan_jax.data.code_report import verify
+from vqgan_jax.data.code_writer import CodeWriter, ShardImages, stored_rules
 from vqgan_jax.data.elements import ReadTransformed
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.pipeline import DamageCount, Prefetched, open_reader, read_batches
+from vqgan_jax.data.splits import RULES, expand_user, opening_line
 from vqgan_jax.data.transforms import evaluation_transform
+from vqgan_jax.errors import DataError
 from vqgan_jax.inference import Tokenizer, load_tokenizer
 from vqgan_jax.stored_conditions import ConditionTokens, open_condition
+from vqgan_jax.training.checkpoints import TOKENIZER, checkpoint_step
 from vqgan_jax.training.encoding import (
     HostEncoder,
     check_channels,
@@ -52,6 +57,7 @@ from vqgan_jax.training.encoding import (
 )
 from vqgan_jax.training.phases import DATA
 from vqgan_jax.training.progress import Progress
+from vqgan_jax.training.run_tokenizers import keep_tokenizers
 from vqgan_jax.training.stopping import Preempted, StopSignal
 
 PROGRESS_SECONDS = 10.0
@@ -95,6 +101,7 @@ def tokenize(
             output holds other codes. Nothing is written then.
         Preempted: asked to stop by SIGTERM or SIGINT.
     """
+    output = pathlib.Path(expand_user(output))
     tokenizer = load_tokenizer(checkpoint)
     set_data(tokenizer.config.data, dataset, image_key, data_dir, resize, resolution)
     resolution = resolution or tokenizer.config.model.resolution
@@ -104,23 +111,39 @@ def tokenize(
             f"{tokenizer.factor}."
         )
     check_channels("tokenizer", tokenizer)
+    num_views = len(list_views(augmentations))
+    require_memory(
+        batch_size * num_views * resolution**2 * 3,
+        f"A batch of {batch_size} images at {resolution} pixels in {num_views} views",
+        "take a smaller --batch_size",
+    )
     data = tokenizer.config.data
     sources = [
         open_condition(text, tokenizer.factor, data, splits[0], resolution) for text in conditions
     ]
     views = AllViews(evaluation_transform(tokenizer.config, resolution), list_views(augmentations))
+    if line := opening_line(data.name, data.folder_rules):
+        say(line)
     passes = []
     for split in dict.fromkeys(splits):
+        data.folder_rules = stored_rules(output / split) or data.folder_rules
         read = open_reader(tokenizer.config.data, split, views, [s.condition for s in sources])
         info = describe(tokenizer, sources, read, split, images_per_shard)
-        writer = CodeWriter(pathlib.Path(output) / split, info)
+        writer = CodeWriter(output / split, info)
         if writer.is_complete:
             say(f"{writer.directory} is complete.")
+            if jax.process_index() == 0:
+                writer.clean()
         else:
             passes.append((read, writer))
-    begin([writer for _, writer in passes])
 
-    with StopSignal() as stop:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        if jax.process_index() == 0:
+            for _, writer in passes:
+                stack.enter_context(locked(writer.directory))
+            keep_copies(tokenizer, sources, checkpoint, output)
+        begin([writer for _, writer in passes])
         encoders = {"image": HostEncoder(tokenizer, batch_size)}
         for source in sources:
             if source.tokenizer is not None:
@@ -129,6 +152,32 @@ def tokenize(
             encode_split(encoders, read, writer, stop)
             finish(writer, stop)
             say(f"Wrote {writer.directory}: {writer.info.count} images.")
+
+
+def keep_copies(
+    tokenizer: Tokenizer, sources: Sequence[ConditionTokens], checkpoint: str, output: pathlib.Path
+) -> None:
+    """Writes the tokenizers beside their codes, so that these can be decoded whatever becomes of
+    the run, and which run and step they are of.
+
+    Raises:
+        DataError: there are codes of another tokenizer.
+    """
+    if (output / TOKENIZER).exists():
+        kept = load_tokenizer(output / TOKENIZER)
+        if kept.fingerprint != tokenizer.fingerprint:
+            raise DataError(f"{output} has codes of another tokenizer; choose another --output.")
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        origin = {"checkpoint": str(pathlib.Path(checkpoint).absolute())}
+        origin["step"] = checkpoint_step(checkpoint)
+        (output / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
+    of_conditions = {
+        source.condition.name: source.tokenizer
+        for source in sources
+        if source.tokenizer is not None
+    }
+    keep_tokenizers(tokenizer, of_conditions, output)
 
 
 def say(line: str) -> None:
@@ -150,7 +199,7 @@ def set_data(
 ) -> None:
     """Changes a tokenizer's `config.data` to what is to be encoded; see `tokenize`."""
     if dataset and dataset != data.name:
-        data.name, data.image_key = dataset, "image"
+        data.name, data.image_key, data.folder_rules = dataset, "image", RULES
     data.image_key = image_key or data.image_key
     data.data_dir = data_dir or data.data_dir
     if resize is not None:
@@ -184,6 +233,7 @@ def describe(
         fingerprint=tokenizer.fingerprint,
         dtype=jnp.dtype(tokenizer.module.dtype).name,
         images_per_shard=images_per_shard,
+        folder_rules=data.folder_rules,
         conditions=tuple(
             describe_condition(source.condition, views.resolution, source.tokenizer)
             for source in sources
@@ -316,12 +366,14 @@ def stopped(writer: CodeWriter) -> Preempted:
 def main() -> None:
     """Does what the flags say."""
     options = flags.FLAGS
-    if options.info:
-        print_info(options.info)
-    elif options.verify:
+    if options.verify and (options.checkpoint or options.output):
+        raise DataError(
+            "--verify checks codes that are there; leave out --checkpoint and --output."
+        )
+    if options.verify:
         verify(options.verify)
     elif not (options.checkpoint and options.output and options.split):
-        raise DataError("--checkpoint, --output and --split are needed, or --info or --verify.")
+        raise DataError("--checkpoint, --output and --split are needed, or --verify.")
     else:
         distributed.join()
         tokenize(
@@ -363,7 +415,6 @@ def _define_flags() -> None:
         "Conditions whose tokens are written too, each NAME=TOKENIZER, such as segmentation=PATH, "
         "edges=PATH or low_resolution:4=PATH, or coordinates=INTERVALS, or layout=CONFIG.",
     )
-    flags.DEFINE_string("info", "", "Print what a directory of codes holds, and do nothing else.")
     flags.DEFINE_string("verify", "", "Check a directory of codes, and do nothing else.")
 
 

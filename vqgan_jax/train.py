@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vqgan_jax import commands, distributed
-from vqgan_jax.configuration import ConfigError
+from vqgan_jax.configuration import ConfigError, validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
 _WORKDIR = flags.DEFINE_string(
@@ -26,7 +26,8 @@ def main() -> None:
     distributed.join()
     import jax
 
-    from vqgan_jax.training.loop import explain_sharding, train
+    from vqgan_jax.data.splits import opening_line
+    from vqgan_jax.training.loop import explain_sharding, train, with_stored_rules
 
     path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
     if not pathlib.Path(path).is_file():
@@ -40,7 +41,13 @@ def main() -> None:
         if jax.process_index() == 0:
             print(table)
         return
-    figures = train(_CONFIG.value, workdir, started=commands.STARTED)
+    config = _CONFIG.value
+    validate(config)
+    if jax.process_index() == 0 and not config.data.get("codes"):
+        rules = with_stored_rules(config, pathlib.Path(workdir)).data.folder_rules
+        if line := opening_line(config.data.name, rules):
+            print(line, flush=True)
+    figures = train(config, workdir, started=commands.STARTED)
     if jax.process_index() != 0:
         return
     for name, value in figures.items():

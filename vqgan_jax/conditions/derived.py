@@ -9,6 +9,8 @@ from PIL import Image
 FROM_IMAGE = ("edges", "low_resolution")  # what is derived from the image itself
 DERIVED = (*FROM_IMAGE, "skeleton")  # the last from keypoints
 
+_BAND_PIXELS = 2**20
+
 
 def canny_edges(image: np.ndarray, sigma: float = 2.0) -> np.ndarray:
     """Edges by the method of Canny (1986), white on black.
@@ -81,16 +83,21 @@ def depth_picture(depth: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: the map is not (H, W), is empty, or has values that are not finite.
     """
-    depth = np.asarray(depth, np.float64)
+    depth = np.asarray(depth)
     if depth.ndim != 2 or depth.size == 0:
         raise ValueError(f"A depth map has the shape (H, W), not {depth.shape}.")
-    if not np.isfinite(depth).all():
-        raise ValueError(
-            f"The depth map has {np.count_nonzero(~np.isfinite(depth))} values that are not finite."
-        )
-    nearest, farthest = depth.min(), depth.max()
-    shares = (depth - nearest) / max(1e-8, farthest - nearest)
-    return np.repeat(np.rint(255 * shares).astype(np.uint8)[..., None], 3, axis=-1)
+    # In bands: in float64 the map would need eight times as much memory as its picture's levels.
+    height, width = depth.shape
+    rows = max(1, _BAND_PIXELS // width)
+    bands = [slice(top, top + rows) for top in range(0, height, rows)]
+    if broken := sum(np.count_nonzero(~np.isfinite(depth[band])) for band in bands):
+        raise ValueError(f"The depth map has {broken} values that are not finite.")
+    nearest, farthest = np.float64(depth.min()), np.float64(depth.max())
+    picture = np.empty((height, width, 3), np.uint8)
+    for band in bands:
+        shares = (depth[band].astype(np.float64) - nearest) / max(1e-8, farthest - nearest)
+        picture[band] = np.rint(255 * shares).astype(np.uint8)[..., None]
+    return picture
 
 
 def _require_picture(image: np.ndarray) -> None:

@@ -6,13 +6,19 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
 
 from vqgan_jax.conditions.keypoint_files import read_keypoints
 from vqgan_jax.conditions.layout_files import read_layout
 from vqgan_jax.conditions.scene_layouts import layout_encoding
-from vqgan_jax.data.decoding import decode_image, decode_label_map
-from vqgan_jax.data.errors import DataError, UnreadableImage
+from vqgan_jax.data.decoding import (
+    decode_alpha,
+    decode_depth,
+    decode_image,
+    decode_label_map,
+    open_image,
+)
+from vqgan_jax.data.listing import list_files
+from vqgan_jax.errors import DataError, UnreadableImage
 
 SIDES = ("top", "bottom", "left", "right")
 
@@ -41,7 +47,13 @@ def read_conditions(condition: ConfigDict, kind: str, path: str) -> dict[pathlib
     if not place.exists():
         raise DataError(f"--condition={kind}={path}: there is no such file.")
     files = (
-        sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
+        sorted(
+            file
+            for file in map(pathlib.Path, list_files(place, ("",)).files)
+            if file.parent == place
+        )
+        if place.is_dir()
+        else [place]
     )
     if not files:
         raise DataError(f"--condition={kind}={path}: the folder is empty.")
@@ -50,7 +62,8 @@ def read_conditions(condition: ConfigDict, kind: str, path: str) -> dict[pathlib
         encoding, class_names = layout_encoding(layout), tuple(layout.class_names)
         return {file: read_layout(file, encoding, class_names) for file in files}
     image = condition.images[kind]
-    decode = decode_label_map if image.num_labels else decode_image
+    decode = decode_depth if "depth" in (kind, image.image_key) else decode_image
+    decode = decode_label_map if image.num_labels else decode
     return {
         file: read_keypoints(file)
         if image.derive == "skeleton" and file.suffix.lower() == ".json"
@@ -66,7 +79,7 @@ def _decoded(kind: str, file: pathlib.Path, decode) -> np.ndarray:
         raise
     except DataError as error:
         if decode is decode_label_map and "label map" in str(error):
-            with Image.open(file) as picture:
+            with open_image(file) as picture:
                 mode = picture.mode
             raise DataError(
                 f"The condition {kind} is a label map, a grey or palette picture whose values are "
@@ -102,10 +115,9 @@ def read_known_part(
         )
     height, width = size
     known = np.ones(size, bool)
-    with Image.open(path) as image:
-        if image.has_transparency_data:
-            upright = ImageOps.exif_transpose(image)  # as `decode_image` has it
-            known = np.asarray(upright.convert("RGBA"))[..., 3] == 255
+    alpha = decode_alpha(path)
+    if alpha is not None:
+        known = alpha == 255
     if known.all():
         half = {
             "top": np.s_[: height // 2],

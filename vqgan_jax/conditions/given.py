@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -118,11 +119,19 @@ class GivenConditions:
 
     def _class_number(self, name: int | str) -> int:
         count, class_names = self._condition.num_classes, self._condition.class_names
-        if isinstance(name, str) and not name.isdecimal():
+        if isinstance(name, str):
+            if name in class_names:
+                return class_names.index(name)
+            place = name.removeprefix("#")
             names = ", ".join(class_names) or f"0 to {count - 1}"
-            _check(name in class_names, f"there is no class {name!r}; there are {names}.")
-            return class_names.index(name)
-        _check(0 <= int(name) < count, f"there is no class {name}; there are 0 to {count - 1}.")
+            _check(_is_number(place), f"there is no class {name!r}; there are {names}.")
+            _check(
+                name.startswith("#") or not any(map(_is_number, class_names)),
+                f"there is no class {name!r}; there are {names}. '#{place}' is the class at place "
+                f"{place}, from 0 on.",
+            )
+            name = int(place)
+        _check(0 <= name < count, f"there is no class {name}; there are 0 to {count - 1}.")
         return int(name)
 
     def _coordinates(self, given: Mapping[str, Any], grid: tuple[int, int]) -> np.ndarray:
@@ -234,6 +243,10 @@ def _layout_tokens(
     if grid == window:
         return encoding.encode(layout)
     return encoding.encode_windows(layout, grid, window)
+
+
+def _is_number(name: str) -> bool:
+    return re.fullmatch("[0-9]{1,9}", name) is not None
 
 
 def _check(condition: bool, message: str) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from vqgan_jax.conditions.json_files import load_json, parse_file
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.conditions.json_files import parse_file
+from vqgan_jax.configuration.documents import parse_json
+from vqgan_jax.errors import DataError
 
 _COUNTS = (17, 18)
 _FORMS = (
@@ -44,7 +45,7 @@ def parse_keypoints(text: str | bytes) -> np.ndarray:
         DataError: the text is not JSON or of none of the forms, people have other numbers of
             keypoints, or a visible one has no place; one line that names the person.
     """
-    people = [_person(entry, index) for index, entry in enumerate(_people(load_json(text)))]
+    people = [_person(entry, index) for index, entry in enumerate(_people(parse_json(text)))]
     if len({len(person) for person in people}) > 1:
         raise DataError("Some people have 17 keypoints and others 18; all must have as many.")
     return np.stack(people) if people else np.zeros((0, _COUNTS[0], 3))

@@ -19,7 +19,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from vqgan_jax.conditions.json_files import load_json, parse_file
+from vqgan_jax.conditions.json_files import parse_file
 from vqgan_jax.conditions.layouts import (
     ATTRIBUTES,
     WHOLE_SCENE,
@@ -29,7 +29,8 @@ from vqgan_jax.conditions.layouts import (
     SceneObject,
     is_within_scene,
 )
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.configuration.documents import parse_json
+from vqgan_jax.errors import DataError
 
 
 def read_layout(
@@ -91,7 +92,7 @@ def parse_layout(
 
 def _content(text: str | bytes, known: Sequence[str]) -> dict[str, Any]:
     """An object of `known` keys, "objects" among them, which is a list."""
-    content = load_json(text)
+    content = parse_json(text)
     if isinstance(content, list):
         content = {"objects": content}
     if not isinstance(content, dict) or not isinstance(content.get("objects"), list):

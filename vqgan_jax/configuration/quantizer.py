@@ -1,10 +1,12 @@
 """The keys of a tokenizer's quantizer, `config.model.quantizer`, and their checks."""
 
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from vqgan_jax.configuration.common import one_of, positive, require
+from vqgan_jax.configuration.common import MOST_CHANNELS, one_of, require
+from vqgan_jax.configuration.ranges import number, numbers, share
 
 KINDS = ("nearest", "ema", "gumbel", "simvq", "fsq", "lfq", "residual", "product")
 # Which kinds know what; keys that a kind does not know must be as they are by default.
@@ -16,22 +18,26 @@ WITH_ENTROPY = ("nearest", "simvq", "lfq")
 MOST_CODES = 2**24  # a codebook's counts are held in memory
 
 
-def quantizer_config() -> ConfigDict:
-    """The quantizer of "Taming Transformers" (Esser et al. 2021)."""
-    return ConfigDict(
-        dict(
-            kind="nearest",  # or "ema", "gumbel", "simvq", "fsq", "lfq", "residual", "product"
-            codebook_size=1024,  # of each codebook, where a position has several codes
-            code_dim=256,  # below the networks' channels: a low-dimensional projection
-            l2_normalize=False,  # cosine distance (ViT-VQGAN); not for "residual"
-            kmeans_init=False,  # start the codebook at the k-means centres of the first batch
-            ema_decay=0.99,  # "ema" only
-            restart_below=0.0,  # "ema" only: a code used less per batch (EMA) starts again; 0 = off
-            gradient="straight_through",  # or "rotation" (the rotation trick), for codes looked up
-            levels=(),  # "fsq" only: of each dimension, as in (8, 5, 5, 5) for 1000 codes
-            depth=1,  # codes a position: steps of "residual", groups of channels of "product"
-            shared_codebook=False,  # "residual" and "product": one codebook for all of them
-        )
+def quantizer_section() -> dict[str, Any]:
+    """The quantizer of "Taming Transformers" (Esser et al. 2021), with ranges."""
+    return dict(
+        kind="nearest",  # or "ema", "gumbel", "simvq", "fsq", "lfq", "residual", "product"
+        # Of each codebook, where a position has several codes
+        codebook_size=number(1024, 1, MOST_CODES),
+        # Below the networks' channels: a low-dimensional projection
+        code_dim=number(256, 1, MOST_CHANNELS),
+        l2_normalize=False,  # cosine distance (ViT-VQGAN); not for "residual"
+        kmeans_init=False,  # start the codebook at the k-means centres of the first batch
+        ema_decay=share(0.99, below=True),  # "ema" only
+        # "ema" only: a code used less per batch (EMA) starts again; 0 = off
+        restart_below=number(0.0, 0, 1e9),
+        # Or "rotation" (the rotation trick), for codes looked up
+        gradient="straight_through",
+        # "fsq" only: of each dimension, as in (8, 5, 5, 5) for 1000 codes
+        levels=numbers((), 2, 2**16, length=(0, 32)),
+        # Codes a position: steps of "residual", groups of channels of "product"
+        depth=number(1, 1, 256),
+        shared_codebook=False,  # "residual" and "product": one codebook for all of them
     )
 
 
@@ -41,14 +47,6 @@ def validate_quantizer(config: ConfigDict) -> None:
     kind, size, dim = quantizer.kind, quantizer.codebook_size, quantizer.code_dim
     one_of(config, "model.quantizer.kind", *KINDS)
     one_of(config, "model.quantizer.gradient", "straight_through", "rotation")
-    positive(config, *(f"model.quantizer.{key}" for key in ("codebook_size", "code_dim", "depth")))
-    positive(config, "loss.entropy_temperature", "loss.entropy_bits")
-
-    require(
-        size <= MOST_CODES,
-        f"config.model.quantizer.codebook_size is {size}; at most {MOST_CODES} codes are counted.",
-    )
-    require(loss.entropy >= 0, f"config.loss.entropy is {loss.entropy}; it must not be negative.")
     for used, path, kinds in (
         (quantizer.restart_below > 0, "restart_below", ("ema",)),
         (quantizer.l2_normalize and kind != "gumbel", "l2_normalize", WITH_UNIT_LENGTH),
@@ -98,7 +96,7 @@ def validate_quantizer(config: ConfigDict) -> None:
 def _validate_levels(quantizer: ConfigDict) -> None:
     levels = quantizer.levels
     require(
-        levels and all(isinstance(level, int) and level > 1 for level in levels),
+        bool(levels),
         f"config.model.quantizer.levels is {levels}; FSQ needs whole numbers above 1, as in "
         "(8, 5, 5, 5).",
     )

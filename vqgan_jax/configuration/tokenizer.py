@@ -1,106 +1,158 @@
 """The keys of a tokenizer's config, stage 1, with their defaults and their checks."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
-from vqgan_jax.configuration.common import base_config, one_of, positive, require, validate_base
-from vqgan_jax.configuration.quantizer import quantizer_config, validate_quantizer
+from vqgan_jax.configuration.common import (
+    DTYPES,
+    MOST_CHANNELS,
+    MOST_PIXELS,
+    MOST_STEPS,
+    base_sections,
+    check_paths,
+    check_ranges,
+    make_config,
+    one_of,
+    require,
+    validate_base,
+)
+from vqgan_jax.configuration.quantizer import quantizer_section, validate_quantizer
+from vqgan_jax.configuration.ranges import number, numbers, ranges, share
+from vqgan_jax.models.recomputation import POLICIES
+
+BEST_METRICS = (  # figures of an evaluation that are better when lower
+    "lpips",
+    "reconstruction_loss",
+    "l1",
+    "l2",
+    "logit_laplace",
+    "binary_cross_entropy",
+)
 
 
 def tokenizer_config() -> ConfigDict:
     """The VQGAN f16 of "Taming Transformers" (Esser et al. 2021), without a data set's choices."""
-    config = base_config("tokenizer")
-    config.optimizer.discriminator_learning_rate = 0.0  # 0 = the generator's
+    return make_config(tokenizer_sections())
+
+
+def tokenizer_sections() -> dict[str, Any]:
+    """The same with the ranges of its numbers."""
+    sections = base_sections("tokenizer")
+    # 0 = the generator's
+    sections["optimizer"]["discriminator_learning_rate"] = number(0.0, 0, 1e3)
     # Of "encoder" and "quantizer", those that stay as in `initialize_from`. With both, codes stay
     # as they are, and the decoder may have another size than there.
-    config.training.freeze = ()
-
-    config.model = ConfigDict(
-        dict(
-            dtype="auto",  # of the computation: "float32", "bfloat16", "float64"; auto = by backend
-            architecture="conv",  # "conv", or "vit": vision transformers, whose sizes are in `vit`
-            resolution=256,  # nominal: other sizes work too; "vit" learns its positions for it
-            in_channels=3,
-            out_channels=3,
-            logit_laplace=False,  # the decoder predicts a distribution, for the loss of that name
-            dropout=0.0,
+    sections["training"]["freeze"] = ()
+    return sections | dict(
+        model=dict(
+            # Of the computation: "float32", "bfloat16", "float64"; auto = by backend
+            dtype="auto",
+            # "conv", or "vit": vision transformers, whose sizes are in `vit`
+            architecture="conv",
+            # Nominal: other sizes work too; "vit" learns its positions for it
+            resolution=number(256, 1, MOST_PIXELS),
+            in_channels=number(3, 1, 2**16),
+            out_channels=number(3, 1, 2**16),
+            # The decoder predicts a distribution, for the loss of that name
+            logit_laplace=False,
+            dropout=share(0.0, below=True),
             remat=False,  # recompute blocks in the backward pass: less memory, more time
             remat_keeps="nothing",  # or "products": what they give stays in memory
             # Of "conv" alone.
-            channels=128,
-            channel_multipliers=(1, 1, 2, 2, 4),  # one level each; factor = 2^(levels - 1)
-            num_res_blocks=2,  # a level of the encoder; the decoder has one more
-            attention_resolutions=(16,),
-            latent_channels=256,
+            channels=number(128, 1, MOST_CHANNELS),
+            # One level each; factor = 2^(levels - 1)
+            channel_multipliers=numbers((1, 1, 2, 2, 4), 1, 256, length=(1, 12)),
+            num_res_blocks=number(2, 0, 64),  # a level of the encoder; the decoder has one more
+            attention_resolutions=numbers((16,), 1, MOST_PIXELS, length=(0, 12)),
+            latent_channels=number(256, 1, MOST_CHANNELS),
             middle_attention=True,  # at the lowest resolution, of all positions to all
-            norm="group",  # over the whole image, as in the paper; "layer" = at each position alone
-            num_groups=32,  # of "group"; below 128 channels fewer keep colours better
-        )
-    )
-    config.model.vit = ConfigDict(  # of "vit" alone; as it stands, ViT-VQGAN Base
-        dict(
-            patch=8,  # pixels a side = factor
-            unroll=1,  # blocks that are compiled one after the other; more compile longer
-            encoder=dict(layers=12, heads=12, width=768),
-            decoder=dict(layers=12, heads=12, width=768),
-        )
-    )
-    config.model.quantizer = quantizer_config()
-
-    config.loss = ConfigDict(
-        dict(
-            l1=1.0,
-            l2=0.0,
-            perceptual=1.0,  # 0 = its network is never loaded: no supervised features in training
-            logit_laplace=0.0,  # ViT-VQGAN's likelihood; needs config.model.logit_laplace too
-            binary_cross_entropy=0.0,  # for label maps; instead of all of the above
-            codebook=1.0,  # weight of the whole quantisation loss
-            commitment=0.25,  # beta, equation 4 of the paper; none for "fsq"
+            # Over the whole image, as in the paper; "layer" = at each position alone
+            norm="group",
+            # Of "group"; below 128 channels fewer keep colours better
+            num_groups=number(32, 1, MOST_CHANNELS),
+            vit=dict(  # of "vit" alone; as it stands, ViT-VQGAN Base
+                patch=number(8, 1, 1024),  # pixels a side = factor
+                # Blocks that are compiled one after the other; more compile longer
+                unroll=number(1, 1, 1024),
+                encoder=dict(
+                    layers=number(12, 1, 1000),
+                    heads=number(12, 1, 4096),
+                    width=number(768, 1, MOST_CHANNELS),
+                ),
+                decoder=dict(
+                    layers=number(12, 1, 1000),
+                    heads=number(12, 1, 4096),
+                    width=number(768, 1, MOST_CHANNELS),
+                ),
+            ),
+            quantizer=quantizer_section(),
+        ),
+        loss=dict(
+            l1=number(1.0, 0, 1e9),
+            l2=number(0.0, 0, 1e9),
+            # 0 = its network is never loaded: no supervised features in training
+            perceptual=number(1.0, 0, 1e9),
+            # ViT-VQGAN's likelihood; needs config.model.logit_laplace too
+            logit_laplace=number(0.0, 0, 1e9),
+            # For label maps; instead of all of the above
+            binary_cross_entropy=number(0.0, 0, 1e9),
+            codebook=number(1.0, 0, 1e9),  # weight of the whole quantisation loss
+            commitment=number(0.25, 0, 1e9),  # beta, equation 4 of the paper; none for "fsq"
             legacy_codebook=True,  # the reference's form: beta on the codebook term instead
-            kl=1e-8,  # "gumbel" only: weight of the divergence from uniform code use
-            entropy=0.0,  # E[H(p(k|z))] - H(E[p]): all codes in use; "nearest", "simvq", "lfq"
-            entropy_temperature=0.01,  # T of p(k|z) = softmax(-distance^2 / T)
-            entropy_bits=18,  # "lfq": bits taken together in H(E[p]); more go in groups of so many
-        )
-    )
-    config.loss.perceptual_network = ConfigDict(
-        dict(
-            backbone="vgg16",  # "vgg16" or "alexnet"
-            path="",  # a weights file of your own; empty = the published LPIPS v0.1 weights
-            sha256="",  # of the file at `path`; required with it
-            dropout=False,  # the reference trains with the heads' dropout active, by accident
-        )
-    )
-    config.temperature = ConfigDict(  # of the Gumbel-softmax; linear warm-up, then cosine
-        dict(warmup_steps=0, decay_steps=1_000_001, start=0.9, peak=0.9, end=1e-6)
-    )
-
-    config.discriminator = ConfigDict(
-        dict(
+            # "gumbel" only: weight of the divergence from uniform code use
+            kl=number(1e-8, 0, 1e9),
+            # E[H(p(k|z))] - H(E[p]): all codes in use; "nearest", "simvq", "lfq"
+            entropy=number(0.0, 0, 1e9),
+            # T of p(k|z) = softmax(-distance^2 / T)
+            entropy_temperature=number(0.01, 0, 1e9, above=True),
+            # "lfq": bits taken together in H(E[p]); more go in groups of so many
+            entropy_bits=number(18, 1, 24),
+            perceptual_network=dict(
+                backbone="vgg16",  # "vgg16" or "alexnet"
+                path="",  # a weights file of your own; empty = the published LPIPS v0.1 weights
+                sha256="",  # of the file at `path`; required with it
+                dropout=False,  # the reference trains with the heads' dropout active, by accident
+            ),
+        ),
+        temperature=dict(  # of the Gumbel-softmax; linear warm-up, then cosine
+            warmup_steps=number(0, 0, MOST_STEPS),
+            decay_steps=number(1_000_001, 1, MOST_STEPS),
+            start=number(0.9, 0, 1e3, above=True),
+            peak=number(0.9, 0, 1e3, above=True),
+            end=number(1e-6, 0, 1e3, above=True),
+        ),
+        discriminator=dict(
             enabled=True,
             kind="patch",  # "patch", or "stylegan": that of StyleGAN2 and ViT-VQGAN
-            channels=64,  # "patch" only, as the next two
-            num_layers=3,
+            channels=number(64, 1, MOST_CHANNELS),  # "patch" only, as the next two
+            num_layers=number(3, 1, 16),
             norm="batch",  # "batch", "act" or "group"
-            base_channels=32_768,  # "stylegan" only: a map of side s has min(base / s, max) of them
-            max_channels=512,
-            group_size=4,  # "stylegan" only: images whose deviation each sees; 1 = it sees none
+            # "stylegan" only: a map of side s has min(base / s, max) of them
+            base_channels=number(32_768, 1, 2**24),
+            max_channels=number(512, 1, MOST_CHANNELS),
+            # "stylegan" only: images whose deviation each sees; 1 = it sees none
+            group_size=number(4, 1, 2**16),
             loss="hinge",  # "hinge", "vanilla" or "non_saturating"
-            weight=0.8,  # of the generator's term, times the adaptive weight
-            factor=1.0,  # of both players' terms
-            start=250_001,  # generator steps before the adversarial game begins
-            warmup_steps=0,  # linear ramp of the terms after `start`
+            weight=number(0.8, 0, 1e9),  # of the generator's term, times the adaptive weight
+            factor=number(1.0, 0, 1e9),  # of both players' terms
+            # Generator steps before the adversarial game begins
+            start=number(250_001, 0, MOST_STEPS),
+            warmup_steps=number(0, 0, MOST_STEPS),  # linear ramp of the terms after `start`
             adaptive_weight=True,
-            adaptive_delta=1e-4,  # the reference's; the paper writes 1e-6
-            adaptive_max=1e4,
-            lecam=0.0,  # weight of the LeCam regularisation
-            lecam_decay=0.999,
-            r1=0.0,  # gamma: gamma / 2 is the weight of the R1 regularisation
-            r1_interval=16,  # every so manyth update has the R1 term, so many times as much
+            adaptive_delta=number(1e-4, 0, 1),  # the reference's; the paper writes 1e-6
+            adaptive_max=number(1e4, 0, 1e12),
+            lecam=number(0.0, 0, 1e9),  # weight of the LeCam regularisation
+            lecam_decay=share(0.999, below=True),
+            r1=number(0.0, 0, 1e9),  # gamma: gamma / 2 is the weight of the R1 regularisation
+            # Every so manyth update has the R1 term, so many times as much
+            r1_interval=number(16, 1, 10**6),
             refresh_reconstruction=False,  # the reference's order: one more forward pass
-        )
+        ),
     )
 
-    return config.lock()
+
+RANGES = dict(ranges(tokenizer_sections()))
 
 
 def downsampling_factor(model: ConfigDict) -> int:
@@ -110,23 +162,38 @@ def downsampling_factor(model: ConfigDict) -> int:
     return 2 ** (len(model.channel_multipliers) - 1)
 
 
+def validate_tokenizer_model(config: ConfigDict) -> None:
+    """Checks of the network and its images, as a tokenizer that was trained is read with."""
+    of_model = ("model.", "data.")
+    own = {path: known for path, known in RANGES.items() if path.startswith(of_model)}
+    check_ranges(config, own)
+    validate_quantizer(config)
+    one_of(config, "model.dtype", *DTYPES)
+    one_of(config, "model.remat_keeps", *POLICIES)
+    one_of(config, "model.norm", "group", "layer")
+    one_of(config, "model.architecture", "conv", "vit")
+    if config.model.architecture == "vit":
+        _validate_vision_transformers(config)
+    else:
+        _validate_convolutional(config)
+    require(
+        config.data.num_labels in (0, config.model.in_channels),
+        f"config.data.num_labels is {config.data.num_labels}, and config.model.in_channels "
+        f"{config.model.in_channels}; label maps have a channel for each label.",
+    )
+
+
 def validate_tokenizer(config: ConfigDict) -> None:
     """Raises `ConfigError` for values that cannot work, before anything compiles."""
+    check_ranges(config, RANGES)
+    check_paths(config, "loss.perceptual_network.path")
     validate_base(config)
-    validate_quantizer(config)
+    validate_tokenizer_model(config)
     one_of(config, "discriminator.kind", "patch", "stylegan")
-    one_of(config, "model.norm", "group", "layer")
     one_of(config, "discriminator.norm", "batch", "act", "group")
     one_of(config, "discriminator.loss", "hinge", "vanilla", "non_saturating")
     one_of(config, "loss.perceptual_network.backbone", "vgg16", "alexnet")
-    one_of(config, "model.architecture", "conv", "vit")
-    sizes = ("channels", "base_channels", "max_channels", "group_size", "r1_interval")
-    positive(config, *(f"discriminator.{name}" for name in sizes))
-    positive(config, "model.resolution")
-    require(
-        config.discriminator.r1 >= 0,
-        f"config.discriminator.r1 is {config.discriminator.r1}; it must not be negative.",
-    )
+    one_of(config, "training.best_metric", *BEST_METRICS)
     training = config.training
     for part in training.freeze:
         require(
@@ -140,10 +207,6 @@ def validate_tokenizer(config: ConfigDict) -> None:
     )
 
     model = config.model
-    if model.architecture == "vit":
-        _validate_vision_transformers(config)
-    else:
-        _validate_convolutional(config)
     factor = downsampling_factor(model)
     require(
         config.mesh.spatial > 0 and model.resolution // factor % config.mesh.spatial == 0,
@@ -187,6 +250,8 @@ def validate_tokenizer(config: ConfigDict) -> None:
         f"config.model.in_channels and out_channels are {model.in_channels} and "
         f"{model.out_channels}, and the data has {channels} channels.",
     )
+    if model.architecture == "conv":
+        _validate_attention(model)
 
 
 def _validate_halving(resolution: int) -> None:
@@ -203,7 +268,6 @@ def _validate_halving(resolution: int) -> None:
 
 
 def _validate_convolutional(config: ConfigDict) -> None:
-    positive(config, *(f"model.{name}" for name in ("channels", "latent_channels", "num_groups")))
     model = config.model
     for multiplier in model.channel_multipliers:
         require(
@@ -213,16 +277,24 @@ def _validate_convolutional(config: ConfigDict) -> None:
         )
 
 
+def _validate_attention(model: ConfigDict) -> None:
+    levels = [model.resolution >> level for level in range(len(model.channel_multipliers))]
+    for resolution in model.attention_resolutions:
+        require(
+            resolution in levels,
+            f"config.model.attention_resolutions has {resolution}; the levels of this model have "
+            f"{', '.join(map(str, levels))}.",
+        )
+
+
 def _validate_vision_transformers(config: ConfigDict) -> None:
     require(
         config.model.norm == "group",
         "config.model.norm is for the convolutional architecture; vision transformers have layer "
         "norms.",
     )
-    positive(config, "model.vit.patch", "model.vit.unroll")
     for name in ("encoder", "decoder"):
         network, path = config.model.vit[name], f"model.vit.{name}"
-        positive(config, *(f"{path}.{key}" for key in network))
         require(
             network.width % network.heads == 0,
             f"config.{path}.width {network.width} is not divisible by config.{path}.heads "

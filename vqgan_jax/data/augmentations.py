@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.transforms import Crop, Transform, cut_all
+from vqgan_jax.errors import DataError
 
 AUGMENTATIONS = ("flip", "ten_crop")
 TEN_CROP_PERCENTS = (110, 105)  # sides of the squares that the crops are cut from

@@ -10,19 +10,35 @@ Version 1 of the format had no conditions, and version 2 one code a position.
 """
 
 import dataclasses
+import hashlib
 import json
+import math
 import pathlib
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from vqgan_jax.conditions.layouts import LayoutEncoding
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.configuration.documents import convert, parse_json, read_bytes
+from vqgan_jax.errors import DataError
 
 FORMAT, VERSION = "vqgan_jax codes", 3
 READABLE = (1, 2, VERSION)
 MANIFEST = "manifest.json"
 PARTIAL = "partial"  # the folder of a pass that is under way
+ORIGIN = "tokenizer_origin.json"  # which run and step the copy of the tokenizer is of
+MOST_SHARDS, MOST_TOKENS = 2**24, 2**24
+MOST_BYTES = 2**30  # of a manifest; a hundred million images have some 25,000 shards, 15 MB
+
+# The ranges of what is read back.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**48)]
+Side = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+Vocabulary = Annotated[int, msgspec.Meta(ge=1, le=2**32)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Name = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9_.-]{1,200}$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +61,17 @@ class ConditionInfo:
       class_names: of the objects; empty where they have none.
     """
 
-    name: str
-    num_tokens: int
-    vocabulary: int
-    grid: tuple[int, int] | None = None
-    fingerprint: str = ""
-    dtype: str = ""
-    image_key: str = ""
-    derive: str = ""
-    scale: int = 0
+    name: Name
+    num_tokens: Side
+    vocabulary: Vocabulary
+    grid: tuple[Side, Side] | None = None
+    fingerprint: Text = ""
+    dtype: Text = ""
+    image_key: Text = ""
+    derive: Text = ""
+    scale: Count = 0
     layout: LayoutEncoding | None = None
-    min_area: float = 0.0
+    min_area: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     class_names: tuple[str, ...] = ()
 
     @classmethod
@@ -71,17 +87,6 @@ class ConditionInfo:
             min_area=min_area,
             class_names=class_names,
         )
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "ConditionInfo":
-        """What `dataclasses.asdict` made; `TypeError` or `ValueError` for anything else."""
-        found = dict(values)
-        found["grid"] = found.get("grid") and tuple(found["grid"])
-        found["class_names"] = tuple(found.get("class_names", ()))
-        if layout := found.get("layout"):
-            attributes = tuple(layout["attributes"])
-            found["layout"] = LayoutEncoding(**layout | {"attributes": attributes})
-        return cls(**found)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -117,23 +122,35 @@ class CodesInfo:
       images_per_shard: of all shards but the last.
       conditions: whose tokens are stored beside the codes.
       depth: codes a position, of residual and product quantizers.
+      folder_rules: which folders were splits, of `splits.list_folder`.
     """
 
-    dataset: str
-    split: str
-    image_key: str
-    count: int
+    dataset: Text
+    split: Text
+    image_key: Text
+    count: Positive
     class_names: tuple[str, ...] | None
-    resolution: int
-    resize: int
-    augmentations: tuple[str, ...]
-    grid: tuple[int, int]
-    codebook_size: int
-    fingerprint: str
-    dtype: str
-    images_per_shard: int
+    resolution: Side
+    resize: Annotated[int, msgspec.Meta(ge=-1, le=2**20)]
+    augmentations: Annotated[tuple[Text, ...], msgspec.Meta(min_length=1, max_length=4096)]
+    grid: tuple[Side, Side]
+    codebook_size: Vocabulary
+    fingerprint: Text
+    dtype: Text
+    images_per_shard: Positive
     conditions: tuple[ConditionInfo, ...] = ()
-    depth: int = 1
+    depth: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    folder_rules: Annotated[int, msgspec.Meta(ge=1, le=2)] = 1
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for what no pass writes."""
+        if self.num_shards > MOST_SHARDS or math.prod(self.grid) * self.depth > MOST_TOKENS:
+            raise ValueError(
+                f"it has {self.num_shards} shards and {self.grid} codes of an image; at most "
+                f"{MOST_SHARDS} and {MOST_TOKENS} are read"
+            )
+        if len({condition.name for condition in self.conditions}) < len(self.conditions):
+            raise ValueError("it has a condition twice")
 
     @property
     def num_classes(self) -> int:
@@ -187,22 +204,17 @@ class CodesInfo:
         """
         if values.get("format") != FORMAT:
             raise DataError(f"{path} describes no codes of vqgan_jax.")
-        if values.get("version") not in READABLE:
+        version = values.get("version")
+        if isinstance(version, bool) or version not in READABLE:
             raise DataError(
-                f"{path} has the format's version {values.get('version')}; this program reads "
+                f"{path} has the format's version {str(version)[:40]}; this program reads "
                 f"versions {READABLE[0]} to {VERSION}. Make the codes again, or use the program "
                 "they were made with."
             )
-        try:
-            if values["version"] < 3:
-                values = {"conditions": ()} | values | {"depth": 1}
-            found = {field.name: values[field.name] for field in dataclasses.fields(cls)}
-            for name in ("class_names", "augmentations", "grid"):
-                found[name] = None if found[name] is None else tuple(found[name])
-            conditions = tuple(map(ConditionInfo.from_json, found["conditions"]))
-            return cls(**found | {"conditions": conditions})
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is damaged: {error}.") from error
+        names = {field.name for field in dataclasses.fields(cls)}
+        missing = {"conditions": (), "depth": 1, "folder_rules": 1}  # of older versions
+        found = missing | {name: value for name, value in values.items() if name in names}
+        return convert(found, cls, str(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,13 +231,13 @@ class ShardRecord:
       conditions: the SHA-256 of each condition's file, by its name.
     """
 
-    codes: str
-    codes_sha256: str
-    labels: str
-    labels_sha256: str
-    n: int
-    replaced: tuple[int, ...] = ()
-    conditions: dict[str, str] = dataclasses.field(default_factory=dict)
+    codes: Name
+    codes_sha256: Sha256
+    labels: Name
+    labels_sha256: Sha256
+    n: Positive
+    replaced: tuple[Count, ...] = ()
+    conditions: dict[Name, Sha256] = dataclasses.field(default_factory=dict)
 
     @property
     def files(self) -> dict[str, str]:
@@ -242,29 +254,38 @@ class Manifest:
     shards: tuple[ShardRecord, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the file."""
-        return self.info.to_json() | {"shards": [dataclasses.asdict(s) for s in self.shards]}
+        """As it stands in the file, with the SHA-256 of all of it."""
+        values = self.info.to_json()
+        values |= {"shards": [dataclasses.asdict(shard) for shard in self.shards]}
+        return values | {"sha256": _digest(values)}
+
+
+def _digest(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; `DataError` where there is none in it."""
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}.") from error
+    """The object in a JSON file.
+
+    Raises:
+      DataError: there is none in it, or its values have another SHA-256 than it says.
+    """
+    values = parse_json(read_bytes(path, MOST_BYTES), str(path))
     if not isinstance(values, dict):
         raise DataError(f"{path} is damaged: it holds no JSON object.")
+    if "sha256" in values and values.pop("sha256") != _digest(values):
+        raise DataError(f"{path} is damaged: its SHA-256 is not that of its values.")
     return values
 
 
-def read_record(values: Any, path: pathlib.Path) -> ShardRecord:
+def read_record(values: Any, info: CodesInfo, shard: int, path: pathlib.Path) -> ShardRecord:
     """What is recorded of a shard; `DataError` for anything else, which names the file `path`."""
-    try:
-        conditions = dict(values.get("conditions", {}))
-        changed = {"replaced": tuple(values["replaced"]), "conditions": conditions}
-        return ShardRecord(**values | changed)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {error}.") from error
+    record = convert(values, ShardRecord, str(path))
+    expected = {info.file_name(kind, shard) for kind in info.arrays(shard)}
+    if record.files.keys() != expected or record.n != len(info.images_of(shard)):
+        raise DataError(f"{path} is damaged: what it says of shard {shard} is of another one.")
+    return record
 
 
 def read_manifest(directory: pathlib.Path) -> Manifest:
@@ -281,7 +302,8 @@ def read_manifest(directory: pathlib.Path) -> Manifest:
     info = CodesInfo.from_json(values, path)
     if not isinstance(values.get("shards"), list) or len(values["shards"]) != info.num_shards:
         raise DataError(f"{path} is damaged: it does not list its {info.num_shards} shards.")
-    return Manifest(info, tuple(read_record(shard, path) for shard in values["shards"]))
+    records = enumerate(values["shards"])
+    return Manifest(info, tuple(read_record(record, info, i, path) for i, record in records))
 
 
 def _without_manifest(directory: pathlib.Path) -> str:

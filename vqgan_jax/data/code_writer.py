@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from vqgan_jax.checkpoints.directory_lock import is_empty
 from vqgan_jax.data.code_manifest import (
     MANIFEST,
     PARTIAL,
@@ -31,9 +32,21 @@ from vqgan_jax.data.code_manifest import (
 )
 from vqgan_jax.data.codes import map_shard
 from vqgan_jax.data.elements import ReadTransformed
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 
 PLAN = "plan.json"
+
+
+def stored_rules(directory: pathlib.Path) -> int | None:
+    """The rules for folders that a pass was begun with; None where there is none.
+
+    Raises:
+      DataError: what is stored of it is damaged.
+    """
+    for path in (directory / MANIFEST, directory / PARTIAL / PLAN):
+        if path.exists():
+            return CodesInfo.from_json(read_json(path), path).folder_rules
+    return None
 
 
 class ShardImages(Sequence):
@@ -83,7 +96,7 @@ class CodeWriter:
             if path.exists():
                 _check_same(self.directory, CodesInfo.from_json(read_json(path), path), info)
                 return
-        if self.directory.exists() and any(p != self._partial for p in self.directory.iterdir()):
+        if not is_empty(self.directory, besides=(PARTIAL,)):
             raise DataError(f"{self.directory} exists and is not empty; choose another --output.")
 
     @property
@@ -166,10 +179,16 @@ class CodeWriter:
         with self._explaining():
             if not self.has_manifest:
                 paths = [self._record(i) for i in range(self.info.num_shards)]
-                records = tuple(read_record(read_json(path), path) for path in paths)
+                records = tuple(
+                    read_record(read_json(path), self.info, i, path) for i, path in enumerate(paths)
+                )
                 manifest = Manifest(self.info, records)
                 self._write_json(self.directory / MANIFEST, manifest.to_json())
-            shutil.rmtree(self._partial, ignore_errors=True)
+            self.clean()
+
+    def clean(self) -> None:
+        """Removes what only a pass needs, of one that is complete."""
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def _record(self, shard: int) -> pathlib.Path:
         return self._partial / f"shard-{shard:05}.json"

@@ -7,15 +7,18 @@ is gathered from files that are mapped into memory, so nothing is loaded before 
 
 import functools
 import hashlib
+import math
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
 
 import numpy as np
 
 from vqgan_jax.data.code_manifest import CodesInfo, ConditionInfo, Manifest, read_manifest
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 
 _ORDER, _AUGMENTATION, _OBJECTS = 0, 1, 2  # streams of random numbers
 
@@ -47,6 +50,7 @@ class Codes:
     Attributes:
       directory: where they are.
       info: all that is known of them, `CodesInfo`.
+      manifest: the same with the SHA-256 of each file.
       grid: (h, w) of the codes of an image.
       codebook_size: number of codes.
       depth: codes a position.
@@ -61,7 +65,7 @@ class Codes:
     def __init__(self, directory: pathlib.Path, manifest: Manifest) -> None:
         """Maps the files into memory; for the errors see `open_codes`."""
         info = manifest.info
-        self.directory, self.info = directory, info
+        self.directory, self.info, self.manifest = directory, info, manifest
         self.grid, self.codebook_size, self.depth = info.grid, info.codebook_size, info.depth
         self.fingerprint = info.fingerprint
         self.num_classes, self.class_names = info.num_classes, info.class_names
@@ -126,7 +130,20 @@ class Codes:
         tokens = {"codes": self.gather(images, augmentations), "label": self.labels[images]}
         for name in self.conditions:
             tokens[name] = self.gather(images, augmentations, name)
+        for kind, size in self.info.vocabularies.items():
+            found = tokens[kind.removeprefix("condition-")]
+            if found.size and found.max() >= size:
+                raise DataError(self._outside(kind, size, images, found))
         return tokens
+
+    def _outside(self, kind: str, size: int, images: np.ndarray, found: np.ndarray) -> str:
+        """The message for a token that its vocabulary does not have."""
+        row = np.unravel_index(found.argmax(), found.shape)[0]
+        name = self.info.file_name(kind, int(images[row]) // self.info.images_per_shard)
+        return (
+            f"{self.directory / name} has the code {found.max()}, and there are {size}. Look for "
+            f"damage with python -m vqgan_jax.tokenize --verify={self.directory}."
+        )
 
     def gather(
         self, images: np.ndarray, augmentations: np.ndarray | int = 0, condition: str = ""
@@ -179,26 +196,59 @@ def _map_array(path: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) -> n
     """The array of an .npy file, mapped into memory; `DataError` where it is not as expected."""
     again = "Delete it and run the same tokenize command again; it makes only this one anew."
     try:
-        # As a plain array: the subclass for maps is several times slower to index.
-        array = np.asarray(np.load(path, mmap_mode="r"))
+        with open(path, "rb") as file:
+            offset, found_shape, found_dtype = _read_header(file)
+            size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise DataError(
             f"{path} is missing. Run the same tokenize command again; it makes only this one anew."
         ) from None
-    except (ValueError, EOFError) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
         raise DataError(f"{path} is damaged or truncated: {error}. {again}") from error
-    if array.shape != shape or array.dtype != dtype:
+    if found_shape != shape or found_dtype != dtype:
         raise DataError(
-            f"{path} has the shape {array.shape} and type {array.dtype} instead of {shape} and "
+            f"{path} has the shape {found_shape} and type {found_dtype} instead of {shape} and "
             f"{dtype}. {again}"
         )
-    return array
+    if size != offset + math.prod(shape) * dtype.itemsize:
+        raise DataError(f"{path} is damaged or truncated: it has {size} bytes. {again}")
+    # As a plain array: the subclass for maps is several times slower to index.
+    return np.asarray(np.memmap(path, dtype, "r", offset, shape))
 
 
-def damaged_files(directory: pathlib.Path, manifest: Manifest) -> list[str]:
-    """A sentence for each file that is not as it was written."""
+_HEADER = re.compile(
+    rb"\{'descr': '([<|][iu][1248])', 'fortran_order': False, 'shape': \(([0-9, ]{0,100})\), \} *\n"
+)
 
+
+def _read_header(file: BinaryIO) -> tuple[int, tuple[int, ...], np.dtype]:
+    """Where the values of an .npy file begin, their shape and type.
+
+    Read without NumPy, which evaluates a header as Python text: that is slow, not for several
+    threads, and not for hostile files.
+
+    Raises:
+      ValueError: it is no such file of whole numbers.
+    """
+    start = file.read(10)
+    if len(start) < 10 or start[:8] != b"\x93NUMPY\x01\x00":
+        raise ValueError("it does not begin like an .npy file")
+    header = file.read(int.from_bytes(start[8:10], "little"))
+    match = _HEADER.fullmatch(header)
+    if match is None:
+        raise ValueError("its header is none of an array of whole numbers")
+    shape = tuple(int(size) for size in match[2].split(b",") if size.strip())
+    return 10 + len(header), shape, np.dtype(match[1].decode())
+
+
+def damaged_files(
+    directory: pathlib.Path, manifest: Manifest, shards: Sequence[int] | None = None
+) -> list[str]:
+    """A sentence for each file that is not as it was written, of all shards or some."""
     info = manifest.info
+    wanted = range(info.num_shards) if shards is None else shards
 
     def names(shard: int) -> dict[str, str]:
         return {kind: info.file_name(kind, shard) for kind in info.arrays(shard)}
@@ -219,16 +269,22 @@ def damaged_files(directory: pathlib.Path, manifest: Manifest) -> list[str]:
         found = []
         for kind, size in info.vocabularies.items():
             name = names(shard)[kind]
-            if (highest := np.load(directory / name).max()) >= size:
+            shape, dtype = info.arrays(shard)[kind]
+            try:
+                highest = _map_array(directory / name, shape, dtype).max(initial=0)
+            except DataError as error:
+                found.append(str(error))
+                continue
+            if highest >= size:
                 what = "codebook" if kind == "codes" else "vocabulary"
                 found.append(f"{name} has the code {highest} of a {what} of {size}.")
         return found
 
+    def faults(shard: int) -> list[str]:
+        return altered(shard) or outside(shard)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = pool.map(altered, range(info.num_shards))
-        # Arrays are loaded by this thread alone: NumPy parses their headers with `ast`, which
-        # Python 3.11 does not let two threads do at once.
-        return [line for shard, found in enumerate(faults) for line in found or outside(shard)]
+        return [line for found in pool.map(faults, wanted) for line in found]
 
 
 def check_codes(

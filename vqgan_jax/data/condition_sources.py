@@ -15,9 +15,9 @@ import numpy as np
 from vqgan_jax.conditions.derived import DERIVED, FROM_IMAGE, canny_edges, low_resolution
 from vqgan_jax.conditions.layouts import Layout, LayoutEncoding, SceneObject, overlap
 from vqgan_jax.conditions.skeletons import draw_people, mirror_people
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.sources import Feature
 from vqgan_jax.data.transforms import Crop
+from vqgan_jax.errors import DataError
 
 _TAKEN = ("image", "label", "codes", "labels", "mask", "index", "skipped")  # keys of batches
 

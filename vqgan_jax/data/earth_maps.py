@@ -14,8 +14,8 @@ from PIL import Image
 
 from vqgan_jax import commands
 from vqgan_jax.data.earth import GRID, PIXELS_PER_DEGREE, load_rasters
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.packages import default_data_dir
+from vqgan_jax.errors import DataError
 
 
 def cut(

@@ -14,11 +14,11 @@ import numpy as np
 
 from vqgan_jax.data.augmentations import AllViews
 from vqgan_jax.data.condition_sources import ConditionSource
-from vqgan_jax.data.errors import DataError, UnreadableImage
 from vqgan_jax.data.sources import ImageSource
 from vqgan_jax.data.transforms import Transform
+from vqgan_jax.errors import DataError, UnreadableImage
 
-DAMAGED_SHARE = 0.01  # of a data set's images; more stops the run
+DAMAGED_SHARE = 0.01  # of a data set's images, of all splits together; more stops the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ReadTransformed:
         """
         length = len(self.source)
         tried = []
-        while len(tried) <= length * DAMAGED_SHARE:
+        while len(tried) < length and not is_too_much(self.source, len(tried)):
             candidate = (index + len(tried)) % length
             try:
                 example = self.exactly(candidate, rng)
@@ -99,11 +99,16 @@ class ReadTransformed:
         raise DataError(too_many_damaged(self.source, tried))
 
 
+def is_too_much(source: ImageSource, count: int) -> bool:
+    """Whether so many damaged images are more than a data set may have."""
+    return count > source.dataset_length * DAMAGED_SHARE
+
+
 def too_many_damaged(source: ImageSource, indices: Sequence[int]) -> str:
     """The message when more than `DAMAGED_SHARE` of the images are damaged; it names up to five."""
     named = " ".join(describe_damage(source, index) for index in indices[:5])
     return (
-        f"{len(indices)} images or more of {len(source)} are damaged, above the "
+        f"{len(indices)} images or more of {source.dataset_length} are damaged, above the "
         f"{DAMAGED_SHARE:.0%} that are passed over; repair or remove them. {named}"
     )
 

@@ -1,9 +1,4 @@
-"""Images in a folder: `folder:PATH`.
-
-Classes are the first-level sub-folders in sorted order; an image in no sub-folder has class -1.
-Where every sub-folder is called `train`, `validation` (or `val`) or `test`, these are the splits.
-Otherwise `validation` is every 20th image of the sorted paths (the 1st, the 21st, ...), `train`
-the others, and `all` every image.
+"""Images in a folder: `folder:PATH`, whose splits and classes `splits` finds by their names.
 
 Folders of splits can have other pictures of the same things beside them, such as label maps. They
 are in a folder called like the feature, which has folders of the splits in turn, and each picture
@@ -22,6 +17,9 @@ order of their numbers, may be in `classes.txt`:
     PATH/layout/classes.txt    PATH/layout/train/town/a.json    PATH/skeleton/train/town/a.json
 """
 
+import collections
+import functools
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
@@ -29,16 +27,26 @@ from typing import Any
 
 from vqgan_jax.conditions.keypoint_files import read_keypoints
 from vqgan_jax.conditions.layout_files import read_objects
-from vqgan_jax.data.decoding import decode_image, decode_label_map
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.configuration.documents import read_bytes
+from vqgan_jax.data.decoding import (
+    DEFAULT_OPTIONS,
+    SUFFIXES,
+    DecodeOptions,
+    decode_depth,
+    decode_image,
+    decode_label_map,
+)
+from vqgan_jax.data.listing import list_files
 from vqgan_jax.data.sources import Feature
+from vqgan_jax.data.splits import HOLD_OUT, RULES, FolderListing, list_folder, split_of
+from vqgan_jax.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 CLASSES = "classes.txt"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-HOLD_OUT = 20  # one image of so many is for validation
+MAX_NAMES_BYTES = 2**24  # of that file
 _JSON = (".json",)
 _SUFFIXES = {Feature.OBJECTS: _JSON, Feature.KEYPOINTS: _JSON}  # of others, those of images
-_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
 class FolderSource:
@@ -51,41 +59,47 @@ class FolderSource:
         image_key: str = "image",
         label_map: bool = False,
         features: Mapping[str, Feature] | None = None,
+        rules: int = RULES,
+        options: DecodeOptions = DEFAULT_OPTIONS,
     ) -> None:
         """Lists the folder, without opening the images.
 
-        `features` are others that are read, and what they are.
+        `features` are others that are read, and what they are; `rules` are those of `list_folder`.
+        What is called `depth` is read by `decode_depth`.
 
         Raises:
           DataError: when the folder or the split does not exist, or holds no image, or an image has
             no file of a feature, or the names of objects' classes cannot be read.
         """
-        root = pathlib.Path(path).expanduser()
-        if not root.is_dir():
-            raise DataError(f"The folder {root} of config.data.name does not exist.")
-        self._image_key, self._label_map = image_key, label_map
+        self._image_key, self._label_map, self._options = image_key, label_map, options
         self._features = dict(features or {})
-        folders = _split_folders(root)
-        files = _files(folders or {"all": root})
-        names = {name for split_files in files.values() for _, name in split_files if name}
-        self.class_names = tuple(sorted(names)) or None
-        if not folders:
-            everything = files["all"]
-            files["validation"] = everything[::HOLD_OUT]
-            files["train"] = [file for i, file in enumerate(everything) if i % HOLD_OUT]
-        if split not in files:
-            raise DataError(f"{root} has no split {split!r}; it has {', '.join(sorted(files))}.")
-        if not files[split]:
-            raise DataError(f"The split {split!r} of {root} has no images ({', '.join(SUFFIXES)}).")
-        numbers = {name: number for number, name in enumerate(self.class_names or ())}
-        images = [path for path, _ in files[split]]
-        self._labels = [numbers.get(name, -1) for _, name in files[split]]
+        listing = list_folder(path, rules, [*self._features, image_key])
+        for note in listing.notes:
+            _warn_once(note)
+        if split not in listing.splits:
+            known = ", ".join(sorted(listing.splits))
+            hint = ""
+            if "train" in listing.split_folders and split == "validation":
+                hint = (
+                    " Set config.data.validation_split to one of these; or name the folder of "
+                    "training images itself, of which one of 20 is then for validation."
+                )
+            raise DataError(f"{listing.base} has no split {split!r}; it has {known}.{hint}")
+        if not listing.splits[split]:
+            raise DataError(_why_empty(listing, split))
+        images_of = {path for images in listing.splits.values() for path, _ in images}
+        self.dataset_length = len(images_of)
+        self.class_names = listing.class_names or None
+        numbers = {name: number for number, name in enumerate(listing.class_names)}
+        images = [path for path, _ in listing.splits[split]]
+        self._labels = [numbers.get(name, -1) for _, name in listing.splits[split]]
         self._paths = {"image": images}  # by feature
         self.object_names: tuple[str, ...] = ()
+        root = pathlib.Path(listing.base)
         for key, kind in {image_key: Feature.PICTURE, **self._features}.items():
             if key != "image":
                 suffixes = _SUFFIXES.get(kind, SUFFIXES)
-                self._paths[key] = _partners(root, folders.get(split), split, key, images, suffixes)
+                self._paths[key] = _partners(listing, split, key, images, suffixes)
             if kind is Feature.OBJECTS:
                 self.object_names = _read_names(root / key / CLASSES)
 
@@ -102,7 +116,9 @@ class FolderSource:
                 return read_objects(path, self.object_names)
             if kind is Feature.KEYPOINTS:
                 return read_keypoints(path)
-            return decode_label_map(path) if kind is Feature.LABEL_MAP else decode_image(path)
+            if kind is Feature.LABEL_MAP:
+                return decode_label_map(path, self._options)
+            return (decode_depth if key == "depth" else decode_image)(path, self._options)
 
         kind = Feature.LABEL_MAP if self._label_map else Feature.PICTURE
         return {
@@ -116,35 +132,29 @@ class FolderSource:
         return self._paths[feature or self._image_key][index]
 
 
-def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The folders of the splits by name; none where the sub-folders are anything else.
-
-    Beside them there may be those of features, in which there are folders of splits alone.
-    """
-    folders = [item for item in root.iterdir() if item.is_dir() and item.name[0] != "."]
-    found = {_SPLITS[item.name]: item for item in folders if item.name in _SPLITS}
-    others = [item for item in folders if item.name not in _SPLITS]
-    return found if found and all(map(_is_feature, others)) else {}
+@functools.cache
+def _warn_once(note: str) -> None:
+    """A run opens its data set several times, and says what was found once."""
+    logger.warning("%s", note)
 
 
-def _is_feature(folder: pathlib.Path) -> bool:
-    has_splits = False
-    with os.scandir(folder) as items:
-        for item in items:
-            if item.name[0] == ".":
-                continue
-            if item.is_dir():
-                if item.name not in _SPLITS:
-                    return False
-                has_splits = True
-            elif item.name.lower().endswith(SUFFIXES):
-                return False
-    return has_splits
+def _why_empty(listing: FolderListing, split: str) -> str:
+    """The message for a split without images, with the arithmetic where it was cut from others."""
+    everything = listing.splits.get("all", ())
+    if not everything or split not in ("train", "validation"):
+        return f"The split {split!r} of {listing.base} has no images ({', '.join(SUFFIXES)})."
+    held_out = len(listing.splits["validation"])
+    return (
+        f"The split {split!r} of {listing.base} has no images: of {len(everything)} in all, one of "
+        f"{HOLD_OUT}, from the first on, is for validation ({held_out}), and "
+        f"{len(everything) - held_out} are for training. To train on all of them and see how well "
+        "they can be learned by heart, set config.data.train_split=all and "
+        "config.data.validation_split=all."
+    )
 
 
 def _partners(
-    root: pathlib.Path,
-    split_folder: pathlib.Path | None,
+    listing: FolderListing,
     split: str,
     key: str,
     images: list[str],
@@ -156,31 +166,41 @@ def _partners(
       DataError: the folder has no such feature, or an image has no file.
     """
     what = "JSON file" if suffixes == _JSON else "picture"
-    if split_folder is None:
+    own, root = listing.split_folders.get(split), os.path.join(listing.base, key)
+    if own is None:
         raise DataError(
-            f"{root} has no {what}s of the feature {key!r}: they belong into {root / key}/SPLIT, "
-            f"beside the images in {root}/SPLIT, where SPLIT is train, validation or test."
+            f"{listing.base} has no {what}s of the feature {key!r}: they belong into "
+            f"{root}/SPLIT, beside the images in {listing.base}/SPLIT, where SPLIT is train, "
+            "validation or test."
         )
-    folder = _split_folders(root / key).get(split) if (root / key).is_dir() else None
-    if folder is None:
+    names = sorted(os.listdir(root)) if os.path.isdir(root) else []
+    folders = [os.path.join(root, name) for name in names if split_of(name) == split]
+    if not folders:
         raise DataError(
-            f"{root} has no {what}s of the feature {key!r}: there is no folder "
-            f"{root / key / split_folder.name}."
+            f"{listing.base} has no {what}s of the feature {key!r}: there is no folder "
+            f"{os.path.join(root, os.path.basename(own[0]))}."
         )
-    found = {_stem(path, folder): path for path, _ in _files({split: folder}, suffixes)[split]}
-    stems = [_stem(path, split_folder) for path in images]
+    found = {
+        _stem(path, folder): path
+        for folder in folders
+        for path in list_files(folder, suffixes).files
+    }
+    stems = [
+        _stem(path, folder) for path in images for folder in own if path.startswith(folder + os.sep)
+    ]
     for stem, image in zip(stems, images, strict=True):
         if stem not in found:
             raise DataError(
-                f"{image} has no {what} of the feature {key!r}; it would be {folder / stem} with "
+                f"{image} has no {what} of the feature {key!r}; it would be "
+                f"{os.path.join(folders[0], stem)} with "
                 f"{'one of ' if len(suffixes) > 1 else ''}{', '.join(suffixes)}."
             )
     return [found[stem] for stem in stems]
 
 
-def _stem(path: str, folder: pathlib.Path) -> str:
+def _stem(path: str, folder: str) -> str:
     """The path in a folder, without its suffix."""
-    return os.path.splitext(path[len(os.fspath(folder)) + 1 :])[0]
+    return os.path.splitext(path[len(folder) + 1 :])[0]
 
 
 def _read_names(path: pathlib.Path) -> tuple[str, ...]:
@@ -192,31 +212,13 @@ def _read_names(path: pathlib.Path) -> tuple[str, ...]:
     if not path.exists():
         return ()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bytes(path, MAX_NAMES_BYTES).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
     names = tuple(line.strip() for line in lines if line.strip())
-    twice = [name for name in names if names.count(name) > 1]
+    counts = collections.Counter(names)
+    twice = [name for name in names if counts[name] > 1]
     if twice or not names:
         problem = f"has the class {twice[0]!r} twice" if twice else "has no classes"
         raise DataError(f"{path} {problem}; it must have a name a line, in order of the numbers.")
     return names
-
-
-def _files(
-    folders: dict[str, pathlib.Path], suffixes: tuple[str, ...] = SUFFIXES
-) -> dict[str, list[tuple[str, str]]]:
-    """(path, first sub-folder or "") of the files under each folder, sorted by path."""
-    found = {}
-    for split, root in folders.items():
-        found[split] = []
-        for folder, subfolders, names in os.walk(root, followlinks=True):
-            subfolders[:] = [name for name in subfolders if name[0] != "."]
-            first = pathlib.Path(folder).relative_to(root).parts[:1]
-            found[split] += [
-                (os.path.join(folder, name), "".join(first))
-                for name in names
-                if name.lower().endswith(suffixes) and name[0] != "."
-            ]
-        found[split].sort()
-    return found

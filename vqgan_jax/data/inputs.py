@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 
@@ -10,12 +9,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vqgan_jax.configuration import downsampling_factor
-from vqgan_jax.data.decoding import decode_image, decode_label_map
-from vqgan_jax.data.errors import DataError
-from vqgan_jax.data.folders import SUFFIXES
+from vqgan_jax.data.decoding import (
+    SUFFIXES,
+    DecodeOptions,
+    decode_depth,
+    decode_image,
+    decode_label_map,
+)
 from vqgan_jax.data.images import to_grey
+from vqgan_jax.data.listing import list_files
 from vqgan_jax.data.pipeline import evaluation_images
+from vqgan_jax.data.splits import expand_user
 from vqgan_jax.data.transforms import resize_shorter_side
+from vqgan_jax.errors import DataError
 
 VALIDATION = "validation"
 
@@ -65,7 +71,7 @@ def list_pictures(
                 get_pixels = functools.partial(np.asarray, image)
                 sources.append((PurePath(f"{VALIDATION}-{i:04}"), origin, get_pixels))
         else:
-            for path, relative in find_files(Path(item).expanduser()):
+            for path, relative in find_files(Path(expand_user(item))):
                 sources.append((relative, str(path), functools.partial(_decode, path, config)))
     if not sources:
         where = ", ".join(inputs) or "an empty --input"
@@ -88,15 +94,11 @@ def find_files(root: Path) -> list[tuple[Path, PurePath]]:
     if root.is_file():
         return [(root, PurePath(root.name))]
     if not root.is_dir():
-        raise DataError(f"There is no file or folder {root}.")
-    found = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
-        found += [
-            Path(folder, name)
-            for name in names
-            if name.lower().endswith(SUFFIXES) and name[0] != "."
-        ]
+        raise DataError(
+            f"There is no file or folder {root}. A path with a comma is quoted: "
+            """--input='"a,b.png"'."""
+        )
+    found = [Path(path) for path in list_files(root, SUFFIXES).files]
     return [(path, path.relative_to(root)) for path in sorted(found)]
 
 
@@ -130,7 +132,10 @@ def _read(
     """What `Picture.read` gives."""
     image = get_pixels()
     if resize is not None:
-        image = resize_shorter_side(image, resize)
+        try:
+            image = resize_shorter_side(image, resize, config.data.max_pixels)
+        except DataError as error:
+            raise DataError(f"{origin}: {error}") from error
     height, width = image.shape[:2]
     image = crop_to_multiple(image, downsampling_factor(config.model))
     if min(image.shape[:2]) < smallest:
@@ -145,10 +150,11 @@ def _read(
 
 def _decode(path: Path, config: ConfigDict) -> np.ndarray:
     """uint8 `(H, W, 3)` of a file, or `(H, W)` where the tokenizer is one of label maps."""
-    num_labels = config.data.num_labels
+    num_labels, options = config.data.num_labels, DecodeOptions.from_config(config.data)
     if num_labels == 0:
-        return decode_image(path)
-    labels = decode_label_map(path)
+        decode = decode_depth if config.data.image_key == "depth" else decode_image
+        return decode(path, options)
+    labels = decode_label_map(path, options)
     if labels.max() >= num_labels:
         raise DataError(
             f"{path} has the label {labels.max()}; the tokenizer knows 0 to {num_labels - 1}."

@@ -14,11 +14,17 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from vqgan_jax.conditions.layouts import SceneObject
-from vqgan_jax.data.decoding import decode_image, decode_label_map
+from vqgan_jax.data.decoding import (
+    DEFAULT_OPTIONS,
+    DecodeOptions,
+    decode_depth,
+    decode_image,
+    decode_label_map,
+)
 from vqgan_jax.data.earth import prepare_earth, resolve_earth
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.packages import default_data_dir
 from vqgan_jax.data.sources import Feature
+from vqgan_jax.errors import DataError
 
 # Attributes of objects by the names that data sets have for them.
 _ATTRIBUTES = {
@@ -40,8 +46,11 @@ class NamedSource:
         image_key: str = "image",
         label_map: bool = False,
         features: Mapping[str, Feature] | None = None,
+        options: DecodeOptions = DEFAULT_OPTIONS,
     ) -> None:
         """Opens a split; `features` are others that are read, and what they are.
+
+        What is called `depth` is read by `decode_depth`.
 
         Objects are those of the data set's feature with boxes, such as `objects` of `coco/2017` and
         `bobjects` of `open_images_v4`, whatever their key here.
@@ -52,7 +61,7 @@ class NamedSource:
         """
         known = builder.info.features
         images = sorted(key for key in known if isinstance(known[key], tfds.features.Image))
-        self._features = dict(features or {})
+        self._features, self._options = dict(features or {}), options
         _check_features(builder, images, image_key, label_map, self._features)
         self.object_names: tuple[str, ...] = ()
         if Feature.OBJECTS in self._features.values():
@@ -70,6 +79,7 @@ class NamedSource:
             ) from error
         self._name, self._split, self._image_key = builder.info.name, split, image_key
         self._label_map = label_map
+        self.dataset_length = sum(info.num_examples for info in builder.info.splits.values())
         label = dict(known).get("label")
         self._has_classes = isinstance(label, tfds.features.ClassLabel)
         self.class_names = tuple(label.names) if self._has_classes else None
@@ -85,10 +95,11 @@ class NamedSource:
         def read_one(key: str, kind: Feature, name: str = "") -> Any:
             if kind is Feature.OBJECTS:
                 return _scene_objects(example[self._objects_key])
+            decode = decode_depth if key == "depth" else decode_image
             try:
-                return (decode_label_map if kind is Feature.LABEL_MAP else decode_image)(
-                    example[key]
-                )
+                if kind is Feature.LABEL_MAP:
+                    return decode_label_map(example[key], self._options)
+                return decode(example[key], self._options)
             except DataError as error:
                 raise type(error)(f"{self.describe(index, name)}: {error}") from error
 
@@ -98,6 +109,11 @@ class NamedSource:
             "label": int(example["label"]) if self._has_classes else -1,
             "features": {key: read_one(key, kind, key) for key, kind in self._features.items()},
         }
+
+    def stored(self, index: int) -> tuple[bytes, int]:
+        """The image as it is stored, encoded, and its class, -1 where it has none."""
+        example = self._examples[index]
+        return example[self._image_key], int(example["label"]) if self._has_classes else -1
 
     def describe(self, index: int, feature: str = "") -> str:
         """The data set, split and index, and the feature if one is given."""

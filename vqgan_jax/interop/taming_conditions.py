@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from vqgan_jax.conditions.kinds import make_kinds
 from vqgan_jax.conditions.scene_layouts import layout_encoding
 from vqgan_jax.configuration import ConfigError, add_condition_image, downsampling_factor
+from vqgan_jax.configuration.common import shortened
 from vqgan_jax.data.condition_sources import ConditionImage, check_conditions
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.interop.taming_options import ConversionError, assign, class_name, number, part
 from vqgan_jax.interop.taming_yaml import config_from_yaml, reference_class, yaml_from_config
 from vqgan_jax.training.checkpoints import condition_folder
@@ -118,8 +119,8 @@ def _assign_image(
     name = str(params.get("cond_stage_key", "depth"))
     if name in _VOCABULARY_KEYS:
         raise ConversionError(
-            f"cond_stage_key is {name}, which is another kind of condition and not an image: give "
-            "it another name in the yaml."
+            f"cond_stage_key is {shortened(name)}, which is another kind of condition and not an "
+            "image: give it another name in the yaml."
         )
     try:
         check_conditions([ConditionImage(name, name)], tokenizer.model.resolution, False)
@@ -191,7 +192,7 @@ def _assign_layout(config: ConfigDict, options: Mapping, data: Mapping) -> None:
 def _flag(options: Mapping, key: str, where: str, default: bool | None = None) -> bool:
     value = options.get(key, default)
     if not isinstance(value, bool):
-        problem = f"is {value!r}" if key in options else "is missing"
+        problem = f"is {shortened(value)}" if key in options else "is missing"
         raise ConversionError(f"The yaml's {where}.{key} {problem}; it must be true or false.")
     return value
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
+from vqgan_jax.configuration.common import shortened
 from vqgan_jax.interop.taming_options import ConversionError, class_name, number, part
 from vqgan_jax.models.orders import ORDERS, ROW_MAJOR, permutation
 
@@ -56,7 +57,9 @@ def assign_order(model: ConfigDict, params: Mapping) -> None:
         try:
             permutation(_ORDERS[name], rows, columns)
         except ValueError as error:
-            raise ConversionError(f"permuter_config.target is {name}: {error}") from error
+            raise ConversionError(
+                f"permuter_config.target is {shortened(name)}: {error}"
+            ) from error
     model.order = _ORDERS[name]
 
 

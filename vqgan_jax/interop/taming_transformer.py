@@ -23,9 +23,10 @@ from vqgan_jax.interop.taming_gpt import (
     gpt_shapes,
     state_dict_from_gpt_params,
 )
-from vqgan_jax.interop.taming_options import ConversionError
+from vqgan_jax.interop.taming_options import ConversionError, some
 from vqgan_jax.interop.taming_permuters import PERMUTER, check_buffers, permuter_buffers
 from vqgan_jax.interop.taming_transformer_yaml import TransformerDescription
+from vqgan_jax.interop.wrappers import unwrap
 
 _GPT = "transformer."
 _FIRST_STAGE = "first_stage_model."
@@ -51,13 +52,16 @@ class ConvertedTransformer:
     of_conditions: Mapping[str, tuple[dict, taming.Report]]
 
 
+ROOTS = (_GPT, _FIRST_STAGE)  # of its names
+
+
 def transformer_state_dict_of(checkpoint: Mapping) -> dict[str, np.ndarray]:
-    """The state dict of a transformer's checkpoint, as of `taming.tensors_of`.
+    """The state dict of a transformer's checkpoint, unwrapped as of `wrappers.unwrap`.
 
     Raises:
         ConversionError: it holds none, or that of a tokenizer, or a part is not supported.
     """
-    tensors = taming.tensors_of(checkpoint)
+    tensors, _ = unwrap(checkpoint, ROOTS)
     if any(name.startswith(("encoder.", "decoder.")) for name in tensors):
         raise ConversionError(
             "The yaml describes a transformer and the checkpoint is a tokenizer's: it takes the "
@@ -67,12 +71,12 @@ def transformer_state_dict_of(checkpoint: Mapping) -> dict[str, np.ndarray]:
         if not any(name.startswith(part) for name in tensors):
             raise ConversionError(
                 f"The checkpoint holds no transformer with its tokenizer: it has no tensors "
-                f"{part}*; it has {taming.some(map(str, tensors or checkpoint))}."
+                f"{part}*; it has {some(map(str, tensors or checkpoint))}."
             )
     known = (_GPT, _FIRST_STAGE, _CONDITION_STAGE, PERMUTER)
     unknown = [name for name in tensors if not name.startswith(known)]
     if unknown:
-        raise ConversionError(f"The checkpoint has unknown tensors: {taming.some(unknown)}.")
+        raise ConversionError(f"The checkpoint has unknown tensors: {some(unknown)}.")
     return tensors
 
 
@@ -97,6 +101,7 @@ def transformer_from_state_dict(
     }
     _check_sizes(gpt, description)
     check_buffers(state_dict, config.model)
+    taming.check_floating(gpt)
     params = gpt_params_from_state_dict(gpt)
     taming.check_finite({".".join(path): leaf for path, leaf in flatten_dict(params).items()})
 

@@ -18,6 +18,9 @@ from vqgan_jax.configuration import (
     transformer_config,
     validate,
 )
+from vqgan_jax.configuration.common import check_ranges, shortened
+from vqgan_jax.configuration.quantizer import MOST_CODES
+from vqgan_jax.configuration.transformer import RANGES
 from vqgan_jax.interop.taming_conditions import (
     NO_LOSS,
     assign_condition,
@@ -109,7 +112,9 @@ def transformer_from_yaml(source: Mapping | str | os.PathLike) -> TransformerDes
     project = source if isinstance(source, Mapping) else read_yaml(Path(source))
     description = model_part(project)
     if not is_transformer(project):
-        raise ConversionError(f"model.target is {description['target']}, and not a {_CLASS}.")
+        raise ConversionError(
+            f"model.target is {shortened(description['target'])}, and not a {_CLASS}."
+        )
     params = part(description, "params", "model.params")
     tokenizer = _first_stage(part(params, "first_stage_config", "first_stage_config"))
     gpt = _gpt_options(params)
@@ -122,6 +127,9 @@ def transformer_from_yaml(source: Mapping | str | os.PathLike) -> TransformerDes
     vocab_size = number(gpt, "vocab_size", int)
     config.model.codebook_size = tokenizer.model.quantizer.codebook_size
     assign(config, params, _OPTIONS, "params")
+    check_ranges(config, RANGES)
+    if not 0 < vocab_size <= MOST_CODES:
+        raise ConversionError(f"{where}.vocab_size is {vocab_size}; at most {MOST_CODES}.")
     data = part(part(project, "data", "data", {}), "params", "data.params", {})
     of_conditions = assign_condition(config, params, data, tokenizer)
     _assign_grid(config, tokenizer, of_conditions)

@@ -7,6 +7,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vqgan_jax.configuration import tokenizer_config, validate
+from vqgan_jax.configuration.common import check_ranges, shortened
+from vqgan_jax.configuration.tokenizer import RANGES
 from vqgan_jax.interop.taming_options import (
     ConversionError,
     assign,
@@ -24,8 +26,12 @@ _LOSSES = "taming.modules.losses."
 _IMAGE_LOSS = "vqperceptual.VQLPIPSWithDiscriminator"
 _LABEL_LOSS = "segmentation.BCELossWithQuant"
 _NO_LOSS = "vqperceptual.DummyLoss"
+# The second, PyTorch's own, in latent-diffusion.
+_NO_LOSSES = (_NO_LOSS.rpartition(".")[2], "Identity")
 _SCHEDULER = "taming.lr_scheduler.LambdaWarmUpCosineScheduler"
 _CLASSES = ("VQModel", "GumbelVQ", "VQSegmentationModel")
+# The same networks in other projects, where other methods are around them.
+_SAME_AS = {"VQModelInterface": "VQModel", "VQNoDiscModel": "VQModel"}
 
 # an option of the reference -> (the key of ours, its type); ours start at the reference's defaults
 _NETWORK = {
@@ -98,8 +104,8 @@ def config_from_yaml(source: Mapping | str | os.PathLike) -> ConfigDict:
     """A full config from the reference's description of a model.
 
     The reference's loss has no weight for the L1 term and always the legacy codebook loss; both
-    are the defaults here. A model without a training loss (`DummyLoss`) becomes a config without a
-    discriminator.
+    are the defaults here. A model without a training loss (`DummyLoss`, `torch.nn.Identity`)
+    becomes a config without a discriminator.
 
     Args:
       source: a yaml file or what is in it: a whole project, or the `model` part alone.
@@ -111,10 +117,11 @@ def config_from_yaml(source: Mapping | str | os.PathLike) -> ConfigDict:
     project = source if isinstance(source, Mapping) else read_yaml(Path(source))
     description = model_part(project)
     name = class_name(description)
+    name = _SAME_AS.get(name, name)
     if name not in _CLASSES:
         raise ConversionError(
-            f"model.target is {description['target']}, which is no tokenizer; supported are "
-            f"{', '.join(_CLASSES)}."
+            f"model.target is {shortened(description['target'])}; supported are "
+            f"{', '.join((*_CLASSES, *_SAME_AS))} and Net2NetTransformer, of any module."
         )
     params = part(description, "params", "model.params")
     config = tokenizer_config()
@@ -122,6 +129,12 @@ def config_from_yaml(source: Mapping | str | os.PathLike) -> ConfigDict:
     network = part(params, "ddconfig", "model.params.ddconfig")
     require_fixed(network, _FIXED_NETWORK, "ddconfig")
     assign(config, network, _NETWORK, "ddconfig", required=set(_NETWORK) - {"dropout"})
+    check_ranges(config, RANGES)
+    # Others have no effect there either.
+    levels = [config.model.resolution >> i for i in range(len(config.model.channel_multipliers))]
+    config.model.attention_resolutions = tuple(
+        resolution for resolution in config.model.attention_resolutions if resolution in levels
+    )
     if params.get("remap") is not None:
         raise ConversionError("model.params.remap (a reduced codebook) is not supported.")
     quantizer = {
@@ -158,8 +171,10 @@ def _assign_loss(config: ConfigDict, description: Mapping) -> None:
     params = part(description, "params", "lossconfig.params", {})
     name = class_name(description)
     labels = name == _LABEL_LOSS.rpartition(".")[2]
-    if bool(config.data.num_labels) != labels and name != _NO_LOSS.rpartition(".")[2]:
-        raise ConversionError(f"lossconfig.target {target} does not fit the model's target.")
+    if bool(config.data.num_labels) != labels and name not in _NO_LOSSES:
+        raise ConversionError(
+            f"lossconfig.target {shortened(target)} does not fit the model's target."
+        )
     if labels:
         assign(config, params, {"codebook_weight": _LOSS["codebook_weight"]}, "lossconfig.params")
     elif name == _IMAGE_LOSS.rpartition(".")[2]:
@@ -176,10 +191,10 @@ def _assign_loss(config: ConfigDict, description: Mapping) -> None:
                 f"lossconfig.params.disc_in_channels is {channels}, and ddconfig.out_ch is "
                 f"{config.model.out_channels}; a conditional discriminator is not supported."
             )
-    elif name == _NO_LOSS.rpartition(".")[2]:
+    elif name in _NO_LOSSES:
         config.discriminator.enabled = False
     else:
-        raise ConversionError(f"lossconfig.target is {target}, which is not supported.")
+        raise ConversionError(f"lossconfig.target is {shortened(target)}, which is not supported.")
     if config.data.num_labels:
         config.discriminator.enabled = False
         config.loss.l1 = config.loss.perceptual = 0.0

@@ -5,6 +5,7 @@ A checkpoint is a pickle whose tensors point to storages: since PyTorch 1.6 a zi
 the storages behind them. Nothing in a file is executed: see `torch_pickle.py`.
 """
 
+import functools
 import io
 import math
 import mmap
@@ -12,16 +13,17 @@ import os
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from vqgan_jax.interop.pickle_limits import MOST_PICKLE_BYTES, Budget, CheckpointFileError
 from vqgan_jax.interop.torch_pickle import (
     DTYPES,
     STORAGES,
-    CheckpointFileError,
     Dtype,
     Storage,
     Tensor,
@@ -31,6 +33,9 @@ from vqgan_jax.interop.torch_pickle import (
 _ZIP_START = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_MOST_INFLATED = 512 * 2**20  # bytes of compressed records, beside eight times the file
+_MOST_REPEATED = 2**20  # bytes of a tensor that repeats a smaller storage
+_MOST_DIRECTORY = 8 * 2**20  # bytes of an archive's directory: some 100,000 tensors
 _ALIGNMENT = 64  # bytes; where PyTorch starts a record, so that a memory map is aligned
 
 _STORAGE_OF_DTYPE = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
@@ -51,24 +56,23 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointFileError(f"{path}: there is no such file.")
+        what = "is no regular file" if path.exists() else "there is no such file"
+        raise CheckpointFileError(f"{path}: {what}.")
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(512)
     try:
-        if start == _ZIP_START:
-            tree, storage_bytes, big_endian = _open_zip(path)
-        elif start[:1] == pickle.PROTO:
-            tree, storage_bytes, big_endian = _open_legacy(path)
-        else:
-            raise CheckpointFileError(
-                f"{path}: is no PyTorch checkpoint (neither a zip archive nor a pickle); check "
-                "that the download is the file itself and not a web page."
-            )
+        with _BoundedReads(path) as file:
+            if start[:4] == _ZIP_START:
+                tree, storage_bytes, big_endian = _open_zip(path, file)
+            elif start[:1] == pickle.PROTO:
+                tree, storage_bytes, big_endian = _open_legacy(path)
+            else:
+                raise CheckpointFileError(f"{path}: {_what_it_is(start)}.")
 
-        def array(tensor: Tensor) -> np.ndarray:
-            return _array(tensor, storage_bytes, big_endian, path)
+            def array(tensor: Tensor) -> np.ndarray:
+                return _array(tensor, storage_bytes, big_endian, path)
 
-        tree = _with_arrays(tree, array, {})
+            tree = _with_arrays(tree, array, {})
     except (CheckpointFileError, OSError):
         raise
     except Exception as error:  # a damaged or hostile pickle ends in any of Python's errors
@@ -85,72 +89,181 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return tree
 
 
+def _what_it_is(start: bytes) -> str:
+    """What a file that is no PyTorch checkpoint begins like, and what to do."""
+    if not start:
+        return "is empty; download or copy it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of git-lfs and not the file itself; fetch it by `git lfs pull`"
+    if start.startswith(b"\x89HDF"):
+        return "is an HDF5 file (of Keras) and no PyTorch checkpoint"
+    if start[8:10] == b'{"' and int.from_bytes(start[:8], "little") < 2**32:
+        return "is a safetensors file and no PyTorch checkpoint; save its tensors with torch.save"
+    if start.lstrip()[:1] == b"<":
+        return "is a web page and no PyTorch checkpoint; download the file itself"
+    return (
+        "is no PyTorch checkpoint (neither a zip archive nor a pickle); check that the download is "
+        "the file itself"
+    )
+
+
+def has_checksums(path: str | os.PathLike) -> bool:
+    """Whether a checkpoint is of the format of PyTorch 1.6 on, whose records have a CRC-32."""
+    with open(path, "rb") as file:
+        return file.read(4) == _ZIP_START
+
+
 def _mapped(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _open_zip(path: Path):
-    if not zipfile.is_zipfile(path):
+class _BoundedReads(io.FileIO):
+    """A file of which no large part is read at once: a directory of an archive comes in one."""
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _MOST_DIRECTORY:
+            raise ValueError(f"its directory has {size} bytes")
+        return super().read(size)
+
+
+def _inflated(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """A compressed record, read in parts so that it is held once; checks the CRC-32 too."""
+    values = np.empty(info.file_size, np.uint8)
+    with archive.open(info) as file:
+        position = 0
+        while part := file.read(2**20):
+            values[position : position + len(part)] = np.frombuffer(part, np.uint8)
+            position += len(part)
+    if position != values.size:
+        raise EOFError(f"a record has {position} bytes instead of {values.size}")
+    return values
+
+
+def _open_zip(path: Path, file: _BoundedReads):
+    if not zipfile.is_zipfile(file):
         raise CheckpointFileError(
             f"{path}: is cut off (a zip archive without its end); download or copy it again."
         )
-    archive = zipfile.ZipFile(path)
-    records = {info.filename: info for info in archive.infolist()}
+    archive = zipfile.ZipFile(file)
+    file_bytes = np.frombuffer(_mapped(path), np.uint8)
+    records = _records(path, archive, file_bytes)
     roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")]
     if not roots:
         raise CheckpointFileError(
             f"{path}: is a zip archive but no PyTorch checkpoint (it has no data.pkl)."
         )
     root = min(roots, key=len)
-    file_bytes = np.frombuffer(_mapped(path), np.uint8)
+    inflated = 0
 
-    def record(name: str) -> np.ndarray:
+    @functools.cache
+    def record(name: str, most_bytes: int | None = None) -> np.ndarray:
+        nonlocal inflated
         if root + name not in records:
             raise CheckpointFileError(
                 f"{path}: lacks the record {root + name}; download or copy it again."
             )
-        info = records[root + name]
-        if info.compress_type != zipfile.ZIP_STORED:
-            return np.frombuffer(archive.read(info), np.uint8)
-        header = file_bytes[info.header_offset : info.header_offset + 30].tobytes()
-        name_size, extra_size = struct.unpack("<HH", header[26:30])
-        begin = info.header_offset + 30 + name_size + extra_size
-        if begin + info.file_size > file_bytes.size:
+        info, begin = records[root + name]
+        if most_bytes is not None and info.file_size > most_bytes:
             raise CheckpointFileError(
-                f"{path}: the record {root + name} reaches past the file's end; download or copy "
-                "it again."
+                f"{path}: the record {root + name} has {info.file_size} bytes, more than the "
+                f"{most_bytes} that it may have."
             )
-        return file_bytes[begin : begin + info.file_size]
+        if info.compress_type != zipfile.ZIP_STORED:  # PyTorch itself never compresses
+            inflated += info.file_size
+            if inflated > _MOST_INFLATED + 8 * file_bytes.size:
+                raise CheckpointFileError(
+                    f"{path}: its compressed records have {inflated} bytes or more; load and save "
+                    "it once with PyTorch."
+                )
+            return _inflated(archive, info)
+        values = file_bytes[begin : begin + info.file_size]
+        if zlib.crc32(values) != info.CRC:
+            raise CheckpointFileError(
+                f"{path}: the record {root + name} is damaged (its CRC-32 is another); download or "
+                "copy it again."
+            )
+        return values
 
     big_endian = root + "byteorder" in records and record("byteorder").tobytes() == b"big"
 
     def storage_bytes(storage: Storage) -> np.ndarray:
-        return record(f"data/{storage.key}")
+        size = storage.size * DTYPES[storage.dtype].itemsize
+        if not 0 <= size < 2**63:
+            raise CheckpointFileError(f"{path}: the storage {storage.key[:60]!r} has no size.")
+        return record(f"data/{storage.key}", size)
 
-    unpickler = Unpickler(io.BytesIO(record("data.pkl").tobytes()), path)
+    program = record("data.pkl", MOST_PICKLE_BYTES).tobytes()
+    unpickler = Unpickler(io.BytesIO(program), Budget(path))
     return unpickler.load(), storage_bytes, big_endian
 
 
+def _records(
+    path: Path, archive: zipfile.ZipFile, file_bytes: np.ndarray
+) -> dict[str, tuple[zipfile.ZipInfo, int]]:
+    """The records of an archive by name, each with the place where its bytes begin.
+
+    Raises:
+      CheckpointFileError: two have the same name or share bytes, or one is not where it should be.
+    """
+    found, places = {}, []
+    for info in archive.infolist():
+        header = file_bytes[info.header_offset : info.header_offset + 30].tobytes()
+        if len(header) < 30 or header[:4] != _ZIP_START or info.flag_bits & 1:
+            raise _misplaced(path, info)
+        name_size, extra_size = struct.unpack("<HH", header[26:30])
+        begin = info.header_offset + 30 + name_size + extra_size
+        name = file_bytes[info.header_offset + 30 :][:name_size].tobytes()
+        if name != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
+            raise _misplaced(path, info)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise CheckpointFileError(
+                f"{path}: the record {info.filename[:60]!r} is compressed by a method that no "
+                "PyTorch writes; load and save it once with PyTorch."
+            )
+        if info.filename in found:
+            raise CheckpointFileError(f"{path}: has the record {info.filename[:60]!r} twice.")
+        found[info.filename] = info, begin
+        places.append((info.header_offset, begin + info.compress_size, info))
+    places.sort(key=lambda place: place[0])
+    ends = [place[0] for place in places[1:]] + [archive.start_dir]
+    for (_, end, info), limit in zip(places, ends, strict=True):
+        if end > limit:
+            raise _misplaced(path, info)
+    return found
+
+
+def _misplaced(path: Path, info: zipfile.ZipInfo) -> CheckpointFileError:
+    return CheckpointFileError(
+        f"{path}: the record {info.filename[:60]!r} is not where the archive says, or shares bytes "
+        "with another; download or copy it again."
+    )
+
+
 def _open_legacy(path: Path):
-    file = _mapped(path)
-    file_bytes = np.frombuffer(file, np.uint8)
-    if Unpickler(file, path).load() != _LEGACY_MAGIC:
+    file_bytes = np.frombuffer(_mapped(path), np.uint8)
+    # Not the file itself: a pickle may say that a string of all of it comes next.
+    file, budget = io.BytesIO(file_bytes[:MOST_PICKLE_BYTES].tobytes()), Budget(path)
+    if Unpickler(file, budget).load() != _LEGACY_MAGIC:
         raise CheckpointFileError(f"{path}: is a pickle but no PyTorch checkpoint.")
-    if Unpickler(file, path).load() != _LEGACY_PROTOCOL:
+    if Unpickler(file, budget).load() != _LEGACY_PROTOCOL:
         raise CheckpointFileError(
             f"{path}: is of an unknown version of PyTorch's old format; load and save it once "
             "with PyTorch."
         )
-    system = Unpickler(file, path).load()
-    unpickler = Unpickler(file, path)
+    system = Unpickler(file, budget).load()
+    unpickler = Unpickler(file, budget)
     tree = unpickler.load()
-    keys = Unpickler(file, path).load()
+    keys = Unpickler(file, budget).load()
     position = file.tell()
 
     big_endian = isinstance(system, dict) and system.get("little_endian") is False
     places = {}
     for key in keys:
+        if not isinstance(key, str) or key not in unpickler.storages or key in places:
+            raise CheckpointFileError(
+                f"{path}: its list of storages is damaged; download or copy it again."
+            )
         storage = unpickler.storages[key]
         header = file_bytes[position : position + 8].tobytes()
         count = int.from_bytes(header, "big" if big_endian else "little")
@@ -183,8 +296,12 @@ def _array(tensor: Tensor, storage_bytes: Callable, big_endian: bool, path: Path
             f"{storage.size * DTYPES[storage.dtype].itemsize}; download or copy it again."
         )
     numbers = (offset, *shape, *strides)
+    if len(shape) > 32 or any(type(number) is not int or number >= 2**63 for number in numbers):
+        raise CheckpointFileError(
+            f"{path}: a tensor in storage {storage.key} has no shape; download or copy it again."
+        )
     reach = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
-    if any(not isinstance(number, int) or number < 0 for number in numbers) or (
+    if any(number < 0 for number in numbers) or (
         math.prod(shape) > 0 and reach * dtype.itemsize > values.size
     ):
         raise CheckpointFileError(
@@ -193,6 +310,11 @@ def _array(tensor: Tensor, storage_bytes: Callable, big_endian: bool, path: Path
         )
     if math.prod(shape) == 0:
         return np.empty(shape, dtype)
+    if math.prod(shape) * dtype.itemsize > max(values.size, _MOST_REPEATED):
+        raise CheckpointFileError(
+            f"{path}: a tensor of shape {shape} repeats the {values.size} bytes of its storage "
+            f"{storage.key}; save its contiguous() form with PyTorch."
+        )
     values = values[: values.size // dtype.itemsize * dtype.itemsize]
     if big_endian:
         width = dtype.itemsize // (2 if dtype.kind == "c" else 1)

@@ -3,14 +3,19 @@
 A pickle is a program, and loading an untrusted one runs it. Here every name that the program
 mentions is looked up in one short table, and what is not in it becomes an object that swallows
 everything and does nothing. Tensors come out as descriptions that point into storages.
+
+It is Python's own interpreter of pickles, the one in Python: unlike the one in C it makes no room
+for what a pickle merely says will come, and its steps can be counted (`pickle_limits.py`).
 """
 
 import pickle
+import struct
 from collections.abc import Callable
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+from vqgan_jax.interop.pickle_limits import Budget, CheckpointFileError, Memo, check_name
 
 DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, None) or name)
@@ -36,10 +41,10 @@ STORAGES = {
     "ByteStorage": "uint8",
     "UntypedStorage": "uint8",
 }
-
-
-class CheckpointFileError(ValueError):
-    """A file that cannot be read or written as a checkpoint; says which, why and what to do."""
+_MOST_CLASSES = 10_000  # distinct names in a pickle; each is a class of its own
+_LARGEST_KEY = 2**61 - 2  # of the numbers that are their own hash
+_LONGEST_NUMBER = 255  # bytes
+_LONGEST_LINE = 4096
 
 
 class Unknown:
@@ -117,12 +122,14 @@ class _StorageType(Unknown):
 
 
 class _Function(Unknown):
-    __slots__ = ("function",)
+    __slots__ = ("budget", "function")
 
-    def __init__(self, function: Callable):
-        self.function = function
+    def __init__(self, function: Callable, budget: Budget):
+        self.function, self.budget = function, budget
 
     def __call__(self, *args, **_kwargs):
+        # One step can call with a long list that is already there, over and over.
+        self.budget.charge_arguments(args)
         return self.function(*args)
 
 
@@ -150,11 +157,14 @@ def _rebuild_from_type(function, _type, args, *_state):
 
 
 def _device(kind, index=None):
+    if not isinstance(kind, str) or not isinstance(index, int | None):
+        return Unknown()
+    if index is not None and not 0 <= index < 2**16:
+        return Unknown()
     return kind if index is None else f"{kind}:{index}"
 
 
 _FUNCTIONS = {
-    ("collections", "OrderedDict"): _Dictionary,
     ("torch", "Size"): tuple,
     ("torch", "device"): _device,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
@@ -166,23 +176,150 @@ _FUNCTIONS = {
 }
 
 
-class Unpickler(pickle.Unpickler):
+class Unpickler(pickle._Unpickler):
     """Knows tensors and containers; imports nothing and calls nothing else.
 
     Attributes:
+      budget: what the pickle may cost; several pickles of a file share one.
       storages: the storages that were mentioned, by their keys.
     """
 
-    def __init__(self, file, path: Path):
+    def __init__(self, file, budget: Budget):
         super().__init__(file, encoding="utf-8", errors="replace")
-        self.path = path
+        self.budget = budget
+        self.memo = Memo()
         self.storages: dict[str, Storage] = {}
+        self._globals = {("collections", "OrderedDict"): _Function(self._dictionary, budget)}
+
+    def load(self):
+        """The object that the pickle builds; the same loop as Python's, with counted steps.
+
+        Raises:
+          CheckpointFileError: the budget is used up.
+        """
+        self._unframer = pickle._Unframer(self._file_read, self._file_readline)
+        self.read, self.readline = self._read, self._read_line
+        self.metastack, self.stack = [], []
+        self.append = self.stack.append
+        self.proto = 0
+        charge, read, dispatch = self.budget.charge, self._unframer.read, self.dispatch
+        try:
+            while instruction := read(1):
+                charge(1)
+                dispatch[instruction[0]](self)
+        except pickle._Stop as stop:
+            return stop.value
+        raise EOFError("it is cut off")
+
+    def _read(self, count: int) -> bytes:
+        self.budget.charge_bytes(count)
+        return self._unframer.read(count)
+
+    def _read_line(self) -> bytes:
+        line = self._unframer.readline()
+        if len(line) > _LONGEST_LINE:
+            raise pickle.UnpicklingError(f"it has a line of {len(line)} bytes")
+        self.budget.charge_bytes(len(line))
+        return line
+
+    def _key(self, key):
+        """A key of a dictionary; other objects than these may take for ever to compare."""
+        self.budget.charge_key(key)
+        if isinstance(key, int) and abs(key) > _LARGEST_KEY:
+            return Unknown()
+        return key if isinstance(key, str | int | float | bytes | type | None) else Unknown()
+
+    def _dictionary(self, items=()):
+        pairs = items.items() if isinstance(items, dict) else items
+        result = _Dictionary()
+        for key, value in pairs:
+            result[self._key(key)] = value
+        return result
+
+    def get_extension(self, code):
+        """Of a registry that other packages fill: nothing of it is known here."""
+        self.append(Unknown)
+
+    def load_reduce(self):
+        """A call."""
+        self.budget.charge_arguments(self.stack[-1:])
+        super().load_reduce()
+
+    def load_newobj(self):
+        """A new object of a class."""
+        self.budget.charge_arguments(self.stack[-1:])
+        super().load_newobj()
+
+    def load_newobj_ex(self):
+        """The same with named arguments."""
+        self.budget.charge_arguments(self.stack[-2:])
+        super().load_newobj_ex()
+
+    def load_dict(self):
+        """A dictionary of the items on the stack."""
+        items = self.pop_mark()
+        pairs = zip(items[::2], items[1::2], strict=True)
+        self.append({self._key(key): value for key, value in pairs})
+
+    def load_setitem(self):
+        """One item into a dictionary."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][self._key(key)] = value
+
+    def load_setitems(self):
+        """Items into a dictionary."""
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][self._key(key)] = value
+
+    def load_additems(self):
+        """Items into a set."""
+        items = self.pop_mark()
+        if isinstance(self.stack[-1], set):
+            self.stack[-1].update(map(self._key, items))
+
+    def load_frozenset(self):
+        """A set of the items on the stack."""
+        self.append(frozenset(map(self._key, self.pop_mark())))
+
+    def load_long4(self):
+        """A long number; those of more digits than any count or seed are slow to compare."""
+        (count,) = struct.unpack("<i", self.read(4))
+        if not 0 <= count <= _LONGEST_NUMBER:
+            raise pickle.UnpicklingError(f"it has a number of {count} bytes")
+        self.append(pickle.decode_long(self.read(count)))
+
+    def load_bytearray8(self):
+        """Bytes; no checkpoint has any of this kind."""
+        raise pickle.UnpicklingError("it holds a bytearray")
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_newobj,
+        pickle.NEWOBJ_EX[0]: load_newobj_ex,
+        pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
+        pickle.LONG4[0]: load_long4,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
     def find_class(self, module: str, name: str):
         """What a global's name stands for; never the global itself."""
+        known = self._globals.get((check_name(module), check_name(name)))
+        if known is not None:
+            return known
+        if len(self._globals) >= _MOST_CLASSES:
+            raise pickle.UnpicklingError(f"it names more than {_MOST_CLASSES} classes")
+        self._globals[module, name] = found = self._find(module, name)
+        return found
+
+    def _find(self, module: str, name: str):
         function = _FUNCTIONS.get((module, name))
         if function is not None:
-            return _Function(function)
+            return _Function(function, self.budget)
         if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
             return _StorageType(STORAGES[name])
         if module == "torch" and _DTYPE_ALIASES.get(name, name) in DTYPES:
@@ -205,10 +342,11 @@ class Unpickler(pickle.Unpickler):
             return Unknown()
         if len(pid) == 6 and pid[5] is not None:
             raise CheckpointFileError(
-                f"{self.path}: holds views of storages, as only PyTorch before 1.0 wrote them; "
-                "load and save it once with a newer PyTorch."
+                f"{self.budget.path}: holds views of storages, as only PyTorch before 1.0 wrote "
+                "them; load and save it once with a newer PyTorch."
             )
-        known = self.storages.setdefault(pid[2], Storage(pid[1].dtype, pid[2], pid[4]))
+        key = check_name(pid[2])
+        known = self.storages.setdefault(key, Storage(pid[1].dtype, key, pid[4]))
         # one storage may be mentioned as several types: keep each mention's own
         same = (known.dtype, known.size) == (pid[1].dtype, pid[4])
-        return known if same else Storage(pid[1].dtype, pid[2], pid[4])
+        return known if same else Storage(pid[1].dtype, key, pid[4])

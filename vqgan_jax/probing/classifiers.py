@@ -5,17 +5,22 @@ of its features, and `weights.npz` has `classifier/kernel` and `classifier/bias`
 transformer, its parameters too, as `transformer/blocks/attention/query/kernel`.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.configuration.documents import convert, first_line, parse_json, read_bytes
+from vqgan_jax.errors import DataError
 from vqgan_jax.generation import Generator
 from vqgan_jax.inference import load
 from vqgan_jax.probing.features import FeatureModel, averaged, block_name
@@ -82,6 +87,44 @@ def write_classifier(
     (directory / FILE).write_text(json.dumps(description, indent=2) + "\n")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Description:
+    """What `classifier.json` holds."""
+
+    checkpoint: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    fingerprint: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    features: str
+    class_names: Annotated[list[str], msgspec.Meta(min_length=1, max_length=2**20)]
+
+
+def _read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of an uncompressed `.npz` file, which are together no larger than the file.
+
+    Raises:
+        DataError: it is no such file, or has values that are not finite.
+    """
+    if not path.is_file():  # a pipe would never end
+        raise DataError(f"{path} is missing, or no regular file.")
+    try:
+        with zipfile.ZipFile(path) as file:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
+                raise DataError(f"{path} is compressed, which no classifier's weights are.")
+            if sum(member.file_size for member in file.infolist()) > path.stat().st_size:
+                raise DataError(f"{path} is damaged: its arrays overlap.")
+        with np.load(path, allow_pickle=False) as arrays:
+            weights = dict(arrays)
+    except DataError:
+        raise
+    except Exception as error:  # zipfile and NumPy raise many kinds for a damaged file
+        raise DataError(f"{path} is damaged: {first_line(error)}.") from error
+    for name, array in weights.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+            raise DataError(f"{path} is damaged: {name} is no array of floats.")
+        if not np.isfinite(array).all():
+            raise DataError(f"{path} is damaged: {name} has values that are no finite numbers.")
+    return weights
+
+
 def load_classifier(directory: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
     """What `write_classifier` wrote, as a function of images; `sample --classifier` takes such.
 
@@ -97,36 +140,44 @@ def load_classifier(directory: str | os.PathLike) -> Callable[[np.ndarray], np.n
         CheckpointError: the model is not where it was.
     """
     directory = pathlib.Path(directory).expanduser()
-    if not (directory / FILE).is_file():
+    file = directory / FILE
+    if not file.is_file():
         raise DataError(f"{directory} is no classifier: it has no {FILE}.")
-    description = json.loads((directory / FILE).read_text())
-    loaded = load(description["checkpoint"])
-    if loaded.fingerprint != description["fingerprint"]:
+    description = convert(parse_json(read_bytes(file), str(file)), _Description, str(file))
+    loaded = load(description.checkpoint)
+    if loaded.fingerprint != description.fingerprint:
         raise DataError(
-            f"{directory} is a classifier of another model than is in "
-            f"{description['checkpoint']} now."
+            f"{directory} is a classifier of another model than is in {description.checkpoint} now."
         )
-    with np.load(directory / WEIGHTS) as arrays:
-        weights = flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
-    model, name, linear = (
-        FeatureModel(loaded),
-        description["features"],
-        Linear(**weights.pop("classifier")),
-    )
-    variables = jax.device_put(model.variables | weights)
-    if weights:
-        block = next(i for i in range(model.num_blocks + 1) if block_name(i) == name)
-        features = finetuned_features(model, block)
-    else:
-
-        def features(variables, raw):
-            return model.features([name], variables, raw)[name]
-
-    @jax.jit
-    def probabilities(variables, raw):
-        return jax.nn.softmax(linear(features(variables, raw)), axis=-1)
-
+    arrays = _read_weights(directory / WEIGHTS)
+    model, name = FeatureModel(loaded), description.features
     side = model.config.model.resolution
+    try:
+        weights = flax.traverse_util.unflatten_dict(arrays, sep="/")
+        linear = Linear(**weights.pop("classifier"))
+        variables = jax.device_put(model.variables | weights)
+        if weights:
+            block = next(i for i in range(model.num_blocks + 1) if block_name(i) == name)
+            features = finetuned_features(model, block)
+        else:
+
+            def features(variables, raw):
+                return model.features([name], variables, raw)[name]
+
+        @jax.jit
+        def probabilities(variables, raw):
+            return jax.nn.softmax(linear(features(variables, raw)), axis=-1)
+
+        shape = (1, side, side) if model.config.data.num_labels else (1, side, side, 3)
+        raw = jax.ShapeDtypeStruct(shape, np.uint8)
+        found = jax.eval_shape(probabilities, variables, raw).shape
+    except Exception as error:  # as many kinds as there are wrong shapes and names
+        raise DataError(f"{directory} does not fit its own {FILE}: {first_line(error)}.") from error
+    if found != (1, len(description.class_names)):
+        raise DataError(
+            f"{directory / WEIGHTS} is of {found[-1]} classes, and {FILE} names "
+            f"{len(description.class_names)}."
+        )
 
     def classify(images: np.ndarray) -> np.ndarray:
         if images.shape[1:3] != (side, side):

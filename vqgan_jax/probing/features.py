@@ -17,9 +17,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vqgan_jax.conditions.kinds import Conditions
-from vqgan_jax.data.errors import DataError
 from vqgan_jax.data.images import prepare_images
 from vqgan_jax.data.pipeline import evaluation_batches, evaluation_examples
+from vqgan_jax.errors import DataError
 from vqgan_jax.generation import Generator
 from vqgan_jax.inference import Tokenizer
 from vqgan_jax.models.transformer import Block, Transformer

@@ -2,8 +2,9 @@
 
 A run keeps `checkpoints/STEP/{state,config}`: the whole training state, written in the background,
 and the resolved config. An export is `config.json` and `variables/`: the model's parameters (the
-moving average where there is one) and, for fine-tuning, the discriminator's. A transformer's run or
-export has those of its tokenizers within, as `tokenizer/` and `condition_tokenizers/NAME/`.
+moving average where there is one) and, for fine-tuning, the discriminator's; `checksums.json` has
+the SHA-256 of each file. A transformer's run or export has those of its tokenizers within, as
+`tokenizer/` and `condition_tokenizers/NAME/`.
 """
 
 import contextlib
@@ -22,6 +23,12 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from vqgan_jax import configuration, distributed
+from vqgan_jax.checkpoints.checksums import check_checksums, write_checksums
+from vqgan_jax.checkpoints.damage import set_aside
+from vqgan_jax.checkpoints.writing import write_text
+from vqgan_jax.configuration import documents
+from vqgan_jax.configuration.memory import available_bytes
+from vqgan_jax.errors import DataError
 from vqgan_jax.training.sharding import path_name
 
 CHECKPOINTS = "checkpoints"
@@ -29,6 +36,7 @@ CONFIG_FILE = "config.json"
 VARIABLES = "variables"
 TOKENIZER = "tokenizer"
 CONDITION_TOKENIZERS = "condition_tokenizers"
+_unchecked: set[pathlib.Path] = set()  # exports of which it was said that they have no checksums
 _WRITE_ERRORS = (OSError, ValueError)  # tensorstore tells of a full disk by a ValueError
 
 
@@ -36,10 +44,15 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says which, why and what to do."""
 
 
+def all_steps(workdir: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints that are whole in a run directory, ascending."""
+    directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+
+
 def latest_step(workdir: pathlib.Path) -> int | None:
     """The step of the newest checkpoint that is whole in a run directory, or None."""
-    directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
-    return max(ocp.utils.checkpoint_steps(directory), default=None) if directory.is_dir() else None
+    return max(all_steps(workdir), default=None)
 
 
 class Checkpoints:
@@ -48,6 +61,9 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, config: ConfigDict):
         self._directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
         self._config = config
+        if jax.process_index() == 0:
+            _set_aside_bookkeeping(self._directory)
+        distributed.barrier("checkpoints: bookkeeping read")
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -130,48 +146,68 @@ class Checkpoints:
         return None
 
     def _check_compatible(self, step: int, abstract_state: Any) -> None:
-        """Raises `CheckpointError` where the stored state is whole, but another config's."""
-        text = (self._directory / str(step) / "config" / "metadata").read_text()
-        stored, ours = (  # both with the keys that are newer than what is stored
-            _without_form(json.loads(configuration.to_json(config)))
-            for config in (configuration.from_json(text), self._config)
-        )
-        for section in ("stage", "model"):
-            if stored.get(section) != ours[section]:
-                raise CheckpointError(
-                    f"{self._directory / str(step)} is of another model: "
-                    f"{_first_difference(stored.get(section), ours[section], section)}. "
-                    "Choose another --workdir, or the config that the run was started with."
-                )
-        stored_shapes = shapes(self._manager.item_metadata(step)["state"])
+        """Raises `CheckpointError` where the stored state is whole, but another config's.
+
+        A config that is damaged is replaced by the run's, which has the same model.
+
+        Raises:
+            DataError: the stored config is damaged, and there is none to take its place.
+        """
+        path = self._directory / str(step)
+        ours = _model_of(self._config)
+        try:
+            stored = _model_of(_parse_config(path / "config" / "metadata"))
+            damage = None if stored == ours else "it is of another model than the run"
+        except ValueError as error:
+            stored, damage = None, documents.first_line(error)
+        replaced = damage is not None and self._run_has(ours)
+        if stored is None and not replaced:
+            raise DataError(damage)
+        if stored != ours and not replaced:
+            raise CheckpointError(
+                f"{path} is of another model: {_first_difference(stored, ours)}. "
+                "Choose another --workdir, or the config that the run was started with."
+            )
+        metadata = self._manager.item_metadata(step)["state"]
+        if metadata is None:
+            raise DataError("it has no state")
+        stored_shapes = shapes(metadata)
         our_shapes = shapes(abstract_state)
         if stored_shapes != our_shapes:
             different = sorted(stored_shapes.items() ^ our_shapes.items())
             raise CheckpointError(
-                f"{self._directory / str(step)} holds another training state; the first "
+                f"{path} holds another training state; the first "
                 f"difference is at {different[0][0]}. The config's discriminator and optimizer "
                 "must stay as the run was started with; or choose another --workdir and set "
                 "config.training.initialize_from to this run."
             )
+        if replaced:
+            self._replace_config(path / "config" / "metadata", damage)
+
+    def _run_has(self, model: dict[str, Any]) -> bool:
+        """Whether the run's own `config.json` is good and of the same model."""
+        try:
+            return _model_of(_parse_config(self._directory.parent / CONFIG_FILE)) == model
+        except ValueError:
+            return False
+
+    def _replace_config(self, path: pathlib.Path, damage: str) -> None:
+        distributed.barrier(f"config of {path.parent.parent.name} read")
+        if jax.process_index() == 0:
+            if path.exists():
+                set_aside(path, damage, f"the run's {CONFIG_FILE} takes its place")
+            else:
+                logging.warning("%s is missing; the run's %s takes its place.", path, CONFIG_FILE)
+            path.parent.mkdir(exist_ok=True)
+            text = (self._directory.parent / CONFIG_FILE).read_text()
+            write_text(path, json.dumps(json.loads(text)))
+        distributed.barrier(f"config of {path.parent.parent.name} replaced")
 
     def _set_aside(self, step: int, error: Exception) -> None:
         path = self._directory / str(step)
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        logging.warning(
-            "The checkpoint %s is damaged (%s); it is renamed to %s.damaged and the one before "
-            "it is used.",
-            path,
-            reason,
-            path.name,
-        )
         self._manager.close()
         if jax.process_index() == 0:
-            target = path.with_name(f"{path.name}.damaged")
-            number = 1
-            while target.exists():
-                number += 1
-                target = path.with_name(f"{path.name}.damaged-{number}")
-            path.rename(target)
+            set_aside(path, documents.first_line(error), "the checkpoint before it is used")
         distributed.barrier(f"set aside {step}")
         self._manager = self._open()
 
@@ -192,6 +228,37 @@ class Checkpoints:
         self._manager.close()
 
 
+def _set_aside_bookkeeping(directory: pathlib.Path) -> None:
+    """Sets aside what checkpoints can do without: figures, which only rank them, and times."""
+    for step in all_steps(directory.parent):
+        for path, instead in (
+            (directory / str(step) / "metrics", "the checkpoint counts as unranked"),
+            (directory / str(step) / "_CHECKPOINT_METADATA", "it is not needed"),
+        ):
+            if not path.exists():
+                continue
+            try:
+                file = path / "metrics" if path.name == "metrics" else path
+                content = json.loads(documents.read_bytes(file))  # figures may be infinite
+                form = dict[str, float] if path.name == "metrics" else dict[str, Any]
+                documents.convert(content, form, "It")
+            except (ValueError, RecursionError) as error:
+                set_aside(path, documents.first_line(error), instead)
+
+
+def _parse_config(file: pathlib.Path) -> ConfigDict:
+    """The config in a file that describes a model which could be built; `ValueError` otherwise."""
+    config = configuration.from_json(documents.read_bytes(file))
+    configuration.validate_stored(config)
+    return config
+
+
+def _model_of(config: ConfigDict) -> dict[str, Any]:
+    """Stage and model of a config, with the keys that are newer than what is stored."""
+    values = _without_form(json.loads(configuration.to_json(config)))
+    return {section: values[section] for section in ("stage", "model")}
+
+
 def _without_form(config: Any) -> Any:
     """A config without what only says how the same model is computed: that can change in a run."""
     if not isinstance(config, dict):
@@ -200,12 +267,13 @@ def _without_form(config: Any) -> Any:
     return {key: _without_form(value) for key, value in config.items() if key not in form}
 
 
-def _first_difference(stored: Any, ours: Any, name: str) -> str:
+def _first_difference(stored: Any, ours: Any, name: str = "") -> str:
     """ "model.channels is 32 there and 64 here", for the first key that differs."""
     if isinstance(stored, dict) and isinstance(ours, dict):
         for key in sorted(stored.keys() | ours.keys()):
             if stored.get(key) != ours.get(key):
-                return _first_difference(stored.get(key), ours.get(key), f"{name}.{key}")
+                path = f"{name}.{key}" if name else key
+                return _first_difference(stored.get(key), ours.get(key), path)
     return f"{name} is {stored} there and {ours} here"
 
 
@@ -276,6 +344,7 @@ def write_export(
         ) as checkpointer:
             checkpointer.save(temporary / VARIABLES, jax.device_get(items))
         (temporary / CONFIG_FILE).write_text(configuration.to_json(config))
+        write_checksums(temporary, (CONFIG_FILE, VARIABLES))
         for name, tokenizer in (tokenizers or {}).items():
             write_export(temporary / name, *tokenizer)
         if directory.exists():
@@ -311,10 +380,57 @@ def read_variables(path: str | pathlib.Path) -> tuple[ConfigDict, Any, Any | Non
     )
 
 
+def read_config(path: str | pathlib.Path) -> ConfigDict:
+    """The config of a checkpoint or an export.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    file = path / CONFIG_FILE
+    return _read_config(file if file.is_file() else path / "config" / "metadata", path)
+
+
+def read_shapes(path: str | pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of a checkpoint's or an export's model, by its path.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    config = read_config(path)
+    folder = path / VARIABLES if (path / VARIABLES).is_dir() else path / "state"
+    try:
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            tree = handler.metadata(folder).tree
+        if folder.name == VARIABLES:
+            return shapes(tree[config.stage]["params"])
+        return shapes((tree.get("generator") or tree)["params"])
+    except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+        raise CheckpointError(f"Cannot read {path}: {documents.first_line(error)}.") from error
+
+
 def _read_export(path: pathlib.Path) -> tuple[ConfigDict, Any, Any | None]:
+    try:
+        if not check_checksums(path, (CONFIG_FILE, VARIABLES)):
+            _say_unchecked(path)
+    except (DataError, OSError) as error:
+        raise CheckpointError(f"The export {path} cannot be used: {error}") from error
     config = _read_config(path / CONFIG_FILE, path)
     items = _read_tree(path / VARIABLES, lambda tree: tree)
+    if not isinstance(items, dict) or config.stage not in items:
+        raise CheckpointError(f"{path} is damaged: it holds no {config.stage}.")
     return config, items[config.stage], items.get("discriminator")
+
+
+def _say_unchecked(path: pathlib.Path) -> None:
+    """Once for each export that was written before there were checksums, with those within it."""
+    if not _unchecked & {path, *path.parents[:2]}:
+        logging.warning(
+            "%s was written by an older version: it has no checksums, so damage cannot be seen.",
+            path,
+        )
+    _unchecked.add(path)
 
 
 def _read_checkpoint(path: pathlib.Path) -> tuple[ConfigDict, Any, Any | None]:
@@ -353,6 +469,15 @@ def _inference_params(state):
     return state.get("ema_params") or state["params"]
 
 
+def checkpoint_step(path: str | pathlib.Path) -> int | None:
+    """The step of a run's newest checkpoint, or of a checkpoint; None for an export."""
+    path = pathlib.Path(path).expanduser().absolute()
+    for directory in (path / CHECKPOINTS, path):
+        if directory.is_dir() and (steps := ocp.utils.checkpoint_steps(directory)):
+            return max(steps)
+    return int(path.name) if path.name.isdecimal() else None
+
+
 def condition_folder(name: str) -> str:
     """The folder of a run or export that has the tokenizer of a condition."""
     return f"{CONDITION_TOKENIZERS}/{name}"
@@ -377,10 +502,10 @@ def tokenizer_path(path: str | pathlib.Path, folder: str = TOKENIZER) -> pathlib
 
 def _read_config(file: pathlib.Path, path: pathlib.Path) -> ConfigDict:
     try:
-        return configuration.from_json(file.read_text())
-    except (OSError, ValueError, TypeError) as error:
+        return _parse_config(file)
+    except ValueError as error:
         raise CheckpointError(
-            f"{path} is damaged: its {file.name} cannot be read: {error}"
+            f"{path} is damaged: its {file.name} cannot be used: {error}"
         ) from error
 
 
@@ -394,6 +519,7 @@ def _read_tree(path: pathlib.Path, wanted) -> Any:
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
                 metadata,
             )
+            _check_memory(path, metadata)
             restore_args = ocp.checkpoint_utils.construct_restore_args(item)
             return handler.restore(
                 path,
@@ -401,6 +527,19 @@ def _read_tree(path: pathlib.Path, wanted) -> Any:
                     item=item, restore_args=restore_args, partial_restore=True
                 ),
             )
+    except CheckpointError:
+        raise
     except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
         reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
         raise CheckpointError(f"Cannot read {path}: {reason}.") from error
+
+
+def _check_memory(path: pathlib.Path, metadata: Any) -> None:
+    """Raises `CheckpointError` where arrays are said to be larger than the memory."""
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(metadata))
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise CheckpointError(
+            f"Cannot read {path}: its arrays need {needed / 2**30:,.1f} GiB, and there are "
+            f"{available / 2**30:,.1f} GiB."
+        )

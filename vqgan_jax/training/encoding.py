@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vqgan_jax.data.code_manifest import ConditionInfo
 from vqgan_jax.data.condition_sources import ConditionSource, Layouts
-from vqgan_jax.data.errors import DataError
+from vqgan_jax.errors import DataError
 from vqgan_jax.inference import Tokenizer
 from vqgan_jax.training.compilation import compile_options
 

@@ -6,14 +6,20 @@ To the phases of each start, `phases.py`, come two of the run as a whole:
     down         between the last that is known of one start and the beginning of the next
 """
 
+import dataclasses
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
+import msgspec
 
+from vqgan_jax.checkpoints.damage import set_aside
+from vqgan_jax.checkpoints.writing import write_text
+from vqgan_jax.configuration.documents import convert, parse_json, read_bytes
+from vqgan_jax.errors import DataError
 from vqgan_jax.training.phases import CHECKPOINTS, DATA, EVALUATION, PHASES, STEPS, PhaseClock
 from vqgan_jax.training.progress import format_duration
 
@@ -52,11 +58,11 @@ class Goodput:
         stored = _read(self._path) if jax.process_index() == 0 else None
         if stored is None:
             return
-        self._starts = stored["starts"] + 1
-        self._before |= stored["seconds"]
+        self._starts = stored.starts + 1
+        self._before |= stored.seconds
         began = now() - sum(clock.seconds().values())
-        self._before[DOWN] += max(0.0, began - stored["written"])
-        self._marks = {int(at): mark for at, mark in stored["marks"].items() if int(at) <= step}
+        self._before[DOWN] += max(0.0, began - stored.written)
+        self._marks = {at: mark for at, mark in stored.marks.items() if at <= step}
         kept = self._marks[max(self._marks)] if self._marks else dict.fromkeys(_WORK, 0.0)
         for phase in _WORK:
             self._before[LOST] += self._before[phase] - kept[phase]
@@ -93,9 +99,7 @@ class Goodput:
             "seconds": self.seconds(),
             "marks": self._marks,
         }
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, self._path)
+        write_text(self._path, json.dumps(content, indent=2) + "\n")
 
     def line(self) -> str:
         """All of it for the terminal."""
@@ -110,10 +114,28 @@ class Goodput:
         return f"goodput {share:.0%}: {', '.join(parts)}; {starts}"
 
 
-def _read(path: pathlib.Path) -> dict | None:
-    """What `Goodput.write` wrote; None where there is nothing, or not all of it."""
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """What `Goodput.write` writes."""
+
+    starts: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
+    written: float
+    seconds: dict[str, float]
+    marks: dict[int, dict[str, float]]
+
+    def __post_init__(self) -> None:
+        known = [self.seconds.keys() <= set(_ALL)]
+        known += [mark.keys() == set(_WORK) for mark in self.marks.values()]
+        if not all(known):
+            raise ValueError("its phases are others")
+
+
+def _read(path: pathlib.Path) -> _Stored | None:
+    """What `Goodput.write` wrote; None where there is nothing, or it is damaged and set aside."""
+    if not path.exists():
+        return None
     try:
-        stored = json.loads(path.read_text())
-        return stored if stored.keys() >= {"starts", "written", "seconds", "marks"} else None
-    except (FileNotFoundError, ValueError, AttributeError):
+        return convert(parse_json(read_bytes(path)), _Stored)
+    except DataError as error:
+        set_aside(path, str(error).rstrip("."), "times are counted anew")
         return None

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import pathlib
-import time
+import re
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
 
+from vqgan_jax.checkpoints.damage import set_aside
+from vqgan_jax.checkpoints.writing import naming
 from vqgan_jax.configuration import ConfigError
+from vqgan_jax.training.tensorboard import EventFile
+
+METRICS_FILE, WANDB_FILE = "metrics.jsonl", "wandb_id.txt"
+TENSORBOARD, IMAGES = "tensorboard", "images"
 
 
 class NonFiniteError(ValueError):
@@ -98,11 +103,12 @@ class MetricWriter:
         resume_step: the step a resumed run goes on from. What was written for later steps is
             dropped, as it will be computed again. None for a new run: nothing is dropped.
 
+    Attributes:
+        last_step: the newest that `metrics.jsonl` has a line of; 0 without one.
+
     Raises:
         ConfigError: a project is named and the package `wandb` is not installed.
-        ValueError: `metrics.jsonl` is not what this class writes. The file is left as it is. A
-            last line cut off in the middle of a write is no error; it is dropped.
-        OSError: the directory cannot be written.
+        OSError: here and in all methods: a file cannot be written; with its name.
     """
 
     def __init__(
@@ -113,25 +119,23 @@ class MetricWriter:
         config_json: str = "",
         resume_step: int | None = None,
     ) -> None:
-        self._is_writer = jax.process_index() == 0
+        self._is_writer, self.last_step = jax.process_index() == 0, 0
         if not self._is_writer:
             return
         self._wandb = _import_wandb(wandb_project) if wandb_project else None
         self._workdir = pathlib.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
-        path = self._workdir / "metrics.jsonl"
-        _drop_lines_after(path, resume_step)
-        self._jsonl = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
-            str(self._workdir / "tensorboard"),
-            # Events from this step on are hidden, and those of resume_step itself are kept.
-            purge_step=None if resume_step is None else resume_step + 1,
-            flush_secs=10,
-            # Names have whole seconds only: a quick restart would overwrite the file before it.
-            filename_suffix=f".{os.getpid()}.{time.time_ns()}",
+        self._path = self._workdir / METRICS_FILE
+        with naming(self._path):
+            self.last_step = _drop_lines_after(self._path, resume_step)
+            self._jsonl = self._path.open("a", encoding="utf-8")
+        self._tensorboard = EventFile(
+            # Events of resume_step itself are kept.
+            self._workdir / TENSORBOARD,
+            None if resume_step is None else resume_step + 1,
         )
         if config_json and not resume_step:
-            self._tensorboard.add_text("config", f"```json\n{config_json}\n```", 0)
+            self._tensorboard.text(0, "config", f"```json\n{config_json}\n```")
         if self._wandb is not None:
             self._wandb_run = self._start_wandb(wandb_project, config_json, resume_step)
 
@@ -141,10 +145,10 @@ class MetricWriter:
             return
         values = {name: float(value) for name, value in metrics.items()}
         line = {"step": step} | {name: _json_number(value) for name, value in values.items()}
-        self._jsonl.write(json.dumps(line, allow_nan=False) + "\n")
-        self._jsonl.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        with naming(self._path):
+            self._jsonl.write(json.dumps(line, allow_nan=False) + "\n")
+            self._jsonl.flush()
+        self._tensorboard.scalars(step, values)
         if self._wandb is not None:
             self._wandb_run.log({"step": step, **values})
 
@@ -158,10 +162,11 @@ class MetricWriter:
         """
         if not self._is_writer:
             return
-        path = self._workdir / "images" / f"{name}_{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
-        self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+        path = self._workdir / IMAGES / f"{name}_{step:08d}.png"
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+        self._tensorboard.image(step, name, picture)
         if self._wandb is not None:
             self._wandb_run.log({"step": step, name: self._wandb.Image(picture)})
 
@@ -169,20 +174,20 @@ class MetricWriter:
         """Finishes all files; the writer takes nothing more."""
         if not self._is_writer:
             return
-        self._jsonl.close()
+        with naming(self._path):
+            self._jsonl.close()
         self._tensorboard.close()
         if self._wandb is not None:
             self._wandb_run.finish()
 
     def _start_wandb(self, project: str, config_json: str, resume_step: int | None) -> Any:
         """Starts a Weights & Biases run, or goes on with the one that the directory remembers."""
-        id_path = self._workdir / "wandb_id.txt"
-        is_resumed = resume_step is not None and id_path.exists()
+        id_path = self._workdir / WANDB_FILE
         run = self._wandb.init(
             project=project,
             name=self._workdir.resolve().name,
             dir=self._workdir,
-            id=id_path.read_text().strip() if is_resumed else None,
+            id=None if resume_step is None else _stored_id(id_path),
             resume="allow",
             config=json.loads(config_json) if config_json else None,
         )
@@ -199,34 +204,60 @@ def _json_number(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _drop_lines_after(path: pathlib.Path, step: int | None) -> None:
-    """Rewrites a JSON-lines file without later steps (None: with all) and without half a line."""
+def _stored_id(path: pathlib.Path) -> str | None:
+    """The Weights & Biases run that a directory remembers, if any."""
     if not path.exists():
-        return
+        return None
+    text = path.read_bytes()[:1000].decode("ascii", "replace").strip()
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,128}", text):
+        return text
+    set_aside(path, "it holds no run's name", "a new run is begun in Weights & Biases")
+    return None
+
+
+def _drop_lines_after(path: pathlib.Path, step: int | None) -> int:
+    """Rewrites a JSON-lines file without later steps (None: with all) and without half a line.
+
+    A file with other lines that are not what `MetricWriter` writes is set aside whole, and its good
+    lines are kept.
+
+    Returns:
+        The newest step that is kept; 0 without one.
+    """
+    if not path.exists():
+        return 0
     limit = math.inf if step is None else step
     content = path.read_bytes()
     lines = content.split(b"\n")
-    kept = []
+    kept, why, last_step = [], "", 0
     for number, line in enumerate(lines, 1):
-        try:
-            is_kept = json.loads(line)["step"] <= limit
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):  # no newline ends it: empty, or a write that was cut off
-                continue
-            raise ValueError(
-                f"{path}, line {number} is not a JSON object with a step, so the steps to drop "
-                "cannot be told; repair the line or move the file away."
-            ) from None
-        if is_kept:
+        found = _step_of(line)
+        # No newline ends the last line: it is empty, or a write that was cut off.
+        if found is None and not (number == len(lines) and line[:1] in (b"", b"{")):
+            why = why or f"line {number} is no JSON object with a step"
+        elif found is not None and found <= limit:
             kept.append(line + b"\n")
+            last_step = max(last_step, found)
     if b"".join(kept) == content:
-        return
+        return last_step
+    if why:
+        set_aside(path, why, "its other lines are kept")
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    return last_step
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of `metrics.jsonl`; None where it is no such line."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 
 def _import_wandb(project: str) -> types.ModuleType:

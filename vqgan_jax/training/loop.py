@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -14,17 +15,25 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vqgan_jax import configuration, distributed
+from vqgan_jax.checkpoints.directory_lock import locked
+from vqgan_jax.checkpoints.writing import write_text
+from vqgan_jax.configuration.memory import require_memory
 from vqgan_jax.training.checkpoints import CONFIG_FILE, Checkpoints, latest_step
 from vqgan_jax.training.goodput import Goodput
-from vqgan_jax.training.logging import DeferredMetrics, MetricWriter, check_finite
+from vqgan_jax.training.logging import DeferredMetrics, MetricWriter, NonFiniteError, check_finite
 from vqgan_jax.training.phases import CHECKPOINTS, DATA, EVALUATION, START, STEPS, PhaseClock
 from vqgan_jax.training.progress import Progress
+from vqgan_jax.training.run_files import (
+    EVALUATION_FILE,
+    set_aside_others,
+    stored_figures,
+    warn_of_lost_lines,
+    with_stored_rules,
+)
 from vqgan_jax.training.sharding import make_mesh, sharding_table, with_shardings
 from vqgan_jax.training.stopping import Preempted, StopSignal
 from vqgan_jax.training.tokenizer_stage import TokenizerStage
 from vqgan_jax.training.transformer_stage import TransformerStage
-
-EVALUATION_FILE = "evaluation.json"  # the newest evaluation's figures
 
 
 class Stage(Protocol):
@@ -60,6 +69,9 @@ class Stage(Protocol):
     def rates(self, images_per_second: float) -> dict[str, float]:
         """Other figures that follow from the speed."""
 
+    def check_data(self) -> None:
+        """Raises `DataError` where data that was trained on turns out to be damaged."""
+
     def evaluate(self, state) -> dict[str, float]:
         """Figures over the validation split."""
 
@@ -86,6 +98,31 @@ def how_to_go_on(workdir: pathlib.Path) -> str:
     step = latest_step(workdir)
     where = "the start" if step is None else f"the last checkpoint (step {step})"
     return f"the same command goes on from {where}"
+
+
+def _check_memory(stage: Stage) -> None:
+    """Raises `ConfigError` where the state alone does not fit on the devices that share it."""
+    devices = jax.local_devices()
+    sizes = [
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(
+            jax.tree.leaves(stage.abstract_state), jax.tree.leaves(stage.layout), strict=True
+        )
+    ]
+    copies = len(devices) if devices[0].platform == "cpu" else 1
+    training, model = stage.config.training, stage.config.model
+    rows = training.batch_size // stage.config.optimizer.accumulate
+    images = 0
+    if stage.config.stage == "tokenizer":
+        pixels = rows * model.resolution**2
+        width = model.channels if model.architecture == "conv" else model.in_channels
+        images = pixels * (2 * model.in_channels + width) * 2 // jax.device_count()
+    require_memory(
+        (sum(sizes) + images) * copies,
+        f"The state of {sum(sizes) / 2**20:,.0f} MiB with a batch of {training.batch_size}",
+        "take a smaller config.training.batch_size, config.model.resolution or model, "
+        "config.optimizer.accumulate, or more devices with config.mesh.fsdp",
+    )
 
 
 def train(
@@ -118,8 +155,13 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(clock.watching_compiler())
         # What cannot work ends here, before anything is written or compiled.
+        if jax.process_index() == 0:
+            stack.enter_context(locked(workdir))
+        set_aside_others(workdir)
+        config = with_stored_rules(config, workdir)
         stage = make_stage(config, make_mesh(config.mesh, devices), workdir)
         config, training = stage.config, stage.config.training
+        _check_memory(stage)
 
         # ---- The state: of the newest checkpoint, or born on the devices from the first batch.
         distributed.advise(lambda: how_to_go_on(workdir))
@@ -128,8 +170,10 @@ def train(
         start = restored[0] if restored else 0
         evaluation_file = workdir / EVALUATION_FILE
         if start >= training.num_steps and evaluation_file.exists():
-            say(f"The run in {workdir} is finished: it has all its {start} steps.")
-            return json.loads(evaluation_file.read_text())
+            figures = stored_figures(evaluation_file)
+            if figures is not None:
+                say(f"The run in {workdir} is finished: it has all its {start} steps.")
+                return figures
         batches = stack.enter_context(contextlib.closing(stage.batches(start)))
         if restored:
             state = restored[1]
@@ -150,7 +194,8 @@ def train(
             )
         )
         if jax.process_index() == 0:
-            (workdir / CONFIG_FILE).write_text(configuration.to_json(config))
+            write_text(workdir / CONFIG_FILE, configuration.to_json(config))
+            warn_of_lost_lines(workdir, writer.last_step, start, training.log_every)
         goodput = Goodput(workdir, clock, start)
         goodput.write()
         progress = Progress(training.num_steps, training.batch_size, start, clock=clock)
@@ -183,14 +228,28 @@ def train(
             ]
             say(f"evaluation at step {step} on {figures['images']:.0f} images:", *shown, flush=True)
             if jax.process_index() == 0:
-                evaluation_file.write_text(json.dumps(figures, indent=2) + "\n")
+                write_text(evaluation_file, json.dumps(figures, indent=2) + "\n")
             return figures
+
+        def evaluate_or_save(step: int) -> dict[str, float]:
+            """What fails in an evaluation costs no steps: the state is saved before the end."""
+            try:
+                return evaluate_now(step)
+            except NonFiniteError:
+                raise
+            except BaseException:
+                if alone:  # several processes would have to fail together
+                    save(step, None)
+                    checkpoints.wait()
+                    evaluation_file.unlink(missing_ok=True)  # else a finished run would show it
+                raise
 
         def asked_to_stop(step: int) -> bool:
             return stop_signal.received if alone else checkpoints.reached_preemption(step)
 
         def save(step: int, figures: dict[str, float] | None) -> None:
             with clock.phase(CHECKPOINTS):
+                stage.check_data()
                 checkpoints.save(step, state, figures)
             goodput.mark(step)
 
@@ -218,7 +277,7 @@ def train(
                 log(deferred.flush())
             if last or step % training.evaluate_every == 0:
                 with clock.phase(EVALUATION):
-                    figures = evaluate_now(step)
+                    figures = evaluate_or_save(step)
             if last or stopping or figures or step % training.checkpoint_every == 0:
                 log(deferred.flush())  # a state that is not finite is never written
                 save(step, figures)

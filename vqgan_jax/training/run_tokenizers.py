@@ -4,14 +4,16 @@ A run keeps the tokenizer of its codes and, for each condition that is an image,
 condition's codes.
 """
 
-import json
+import contextlib
 import pathlib
 from collections.abc import Mapping
 
 import jax
 from ml_collections import ConfigDict
 
-from vqgan_jax.configuration import ConfigError
+from vqgan_jax import configuration
+from vqgan_jax.configuration import ConfigError, documents
+from vqgan_jax.errors import DataError
 from vqgan_jax.inference import Tokenizer, load_tokenizer
 from vqgan_jax.training.checkpoints import (
     CONFIG_FILE,
@@ -35,12 +37,16 @@ def tokenizers_of_run(
     """
     begun = {}
     if (workdir / CONFIG_FILE).exists():
-        begun = json.loads((workdir / CONFIG_FILE).read_text())
+        with contextlib.suppress(DataError, ConfigError):  # a damaged one names no paths
+            text = documents.read_bytes(workdir / CONFIG_FILE)
+            begun = configuration.from_json(text).to_dict()
+    beside_codes = pathlib.Path(config.data.codes).expanduser() if config.data.codes else None
     tokenizer = _of_run(
         "config.tokenizer.path",
         config.tokenizer.path,
         workdir / TOKENIZER,
         begun.get("tokenizer", {}).get("path", ""),
+        beside_codes and beside_codes / TOKENIZER,
     )
     images = config.condition.images
     begun_images = begun.get("condition", {}).get("images", {})
@@ -50,6 +56,7 @@ def tokenizers_of_run(
             images[name].tokenizer,
             workdir / condition_folder(name),
             begun_images.get(name, {}).get("tokenizer", ""),
+            beside_codes and beside_codes / condition_folder(name),
         )
         for name in config.condition.kinds
         if name in images
@@ -62,11 +69,31 @@ def tokenizers_of_run(
     return tokenizer, of_conditions
 
 
-def _of_run(key: str, path: str, copy: pathlib.Path, begun_with: str) -> Tokenizer:
-    """The copy in a run's directory, or before there is one the tokenizer at `path`."""
+def _of_run(
+    key: str,
+    path: str,
+    copy: pathlib.Path,
+    begun_with: str,
+    beside_codes: pathlib.Path | None,
+) -> Tokenizer:
+    """The copy in a run's directory, or before there is one the tokenizer at `path`.
+
+    Where there is none at `path` any more, that which `tokenize` left beside the codes is taken.
+    """
     if not copy.exists():
+        gone = not path or not pathlib.Path(path).expanduser().exists()
+        if gone and beside_codes is not None and beside_codes.exists():
+            if jax.process_index() == 0:
+                print(f"{key} {path!r} does not exist; the copy {beside_codes} is used.")
+            return load_tokenizer(beside_codes)
         return load_tokenizer(path)
-    kept = load_tokenizer(copy)
+    try:
+        kept = load_tokenizer(copy)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{str(error).rstrip('.')}. It is the run's copy of its tokenizer: put an undamaged "
+            f"one there, or move it away to take that of {key} {path!r}, if it is still the same."
+        ) from error
     if path != begun_with:
         try:
             other = load_tokenizer(path).fingerprint != kept.fingerprint

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from vqgan_jax.data.images import prepare_images
 from vqgan_jax.data.pipeline import evaluation_batches, evaluation_images, training_batches
-from vqgan_jax.data.sources import source_of_tokenizer
+from vqgan_jax.data.sources import open_configured
 from vqgan_jax.interop.lpips import check_lpips, load_lpips
 from vqgan_jax.training.compilation import (
     compile_init,
@@ -45,7 +45,7 @@ class TokenizerStage:
         self._micro_batch_size = training.batch_size // config.optimizer.accumulate
         self._rows = batch_sharding(mesh, self._micro_batch_size, "the micro-batch size")
         self._whole = replicated(mesh)
-        source_of_tokenizer(config, config.data.train_split)
+        open_configured(config.data, config.data.train_split, config.model.resolution)
         self._pictured = evaluation_images(config, training.grid_images)
 
         self._game = Game.from_config(config)
@@ -71,6 +71,9 @@ class TokenizerStage:
 
     def _init(self, images):
         return self._game.init(prepare_images(self.config, images))
+
+    def check_data(self) -> None:
+        """Damaged images are passed over and counted as they are read."""
 
     def batches(self, start_step: int) -> Iterator:
         """Batches for the steps from `start_step` on; its `close()` ends their threads."""

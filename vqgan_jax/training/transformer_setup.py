@@ -18,8 +18,8 @@ from vqgan_jax.data.condition_sources import (
     Coordinates,
     Layouts,
 )
-from vqgan_jax.data.errors import DataError
-from vqgan_jax.data.sources import Feature, open_source
+from vqgan_jax.data.sources import Feature, open_configured
+from vqgan_jax.errors import DataError
 from vqgan_jax.inference import Tokenizer
 from vqgan_jax.models.orders import permutation
 from vqgan_jax.training.learner import sequence_length
@@ -55,15 +55,8 @@ def resolved(
         grid = _grid(tokenizer, resolution, "tokenizer")
         data = config.data
         found["data.num_labels"] = num_labels = tokenizer.config.data.num_labels
-        source = open_source(
-            data.name,
-            data.train_split,
-            data.data_dir,
-            data.image_key,
-            resolution,
-            num_labels > 0,
-            {Layouts.feature: Feature.OBJECTS} if has_layout else {},
-        )
+        features = {Layouts.feature: Feature.OBJECTS} if has_layout else {}
+        source = open_configured(data, data.train_split, resolution, features, num_labels)
         class_names = source.class_names
         objects = {"num_classes": len(source.object_names), "class_names": source.object_names}
     found["model.grid"] = grid

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vqgan_jax.data.code_batches import evaluation_code_batches, training_code_batches
+from vqgan_jax.data.code_verification import Verification
 from vqgan_jax.data.codes import open_codes
 from vqgan_jax.data.elements import spaced_indices
 from vqgan_jax.data.pipeline import (
@@ -74,6 +75,10 @@ class TransformerStage:
             self._sources = condition_sources(config, self._tokenizer)
         else:
             check_all_codes(config, self._tokenizer, self._of_conditions, self._codes)
+        self._verifications = [
+            Verification(codes, jax.process_index(), jax.process_count())
+            for codes in self._codes or ()
+        ]
 
         self._micro_batch_size = config.training.batch_size // config.optimizer.accumulate
         self._rows = batch_sharding(mesh, self._micro_batch_size, "the micro-batch size")
@@ -114,6 +119,11 @@ class TransformerStage:
                 self._images_config, self._rows, start_step, conditions=self._sources
             )
         return training_code_batches(self._codes[0], self.config, self._rows, start_step)
+
+    def check_data(self) -> None:
+        """Raises `DataError` where a file of codes is not as it was written."""
+        for verification in self._verifications:
+            verification.wait()
 
     def init(self, batch) -> TransformerState:
         """The state before the first step, born on the devices."""

@@ -1,4 +1,4 @@
-"""Errors about data, each one line for the person at the terminal."""
+"""Errors that a command shows as one line: what is wrong, where, and what to do."""
 
 
 class DataError(ValueError):

@@ -1,0 +1,1 @@
+"""Checkpoints of runs and exports, and the directories that they are in."""
