@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, WebPImagePlugin
 
+from vqgan_jax.data import image_containers
 from vqgan_jax.data.decoding import DecodeOptions, decode_alpha, decode_image, open_image
 from vqgan_jax.data.resampling import pillow_scales_rows_first, resized_part
 from vqgan_jax.data.transforms import Transform
@@ -97,6 +98,22 @@ def test_pixels_are_compared_with_their_checksum_where_they_are_decoded():
         decode_image(bytes(png))
     with open_image(bytes(png)) as image:  # the header alone, however large the file is
         assert image.size == PICTURE.size
+
+
+def test_scans_of_a_jpeg_are_bounded():
+    """Each scan is some bytes and passes over all pixels: thousands would take hours."""
+    jpeg = encoded(PICTURE, "JPEG", progressive=True)
+    last = jpeg.rindex(b"\xff\xda")
+    usual = jpeg.count(b"\xff\xda") + jpeg[jpeg.index(b"\xff\xda") :].count(b"\xff\xc4")
+    assert usual < image_containers.MAX_SCANS / 10
+    expected = decode_image(jpeg)
+    film = b"\xff\xda\0\2" * 1000  # behind the end, as telephones put it
+    np.testing.assert_array_equal(decode_image(jpeg + film), expected)
+    for repeated in (jpeg[last:-2], b"\xff\xfe\0\4\xff\xd9" + jpeg[last:-2]):
+        few, many = (jpeg[:last] + repeated * count + jpeg[-2:] for count in (100, 1000))
+        assert decode_image(few).shape == expected.shape
+        with pytest.raises(UnreadableImage, match="more than 500 scans"):
+            decode_image(many)
 
 
 def test_sparse_files_end(tmp_path):

@@ -292,6 +292,8 @@ def coordinates(**params):
         (coordinates(n_embed=0), "n_embed is 0"),
         (coordinates(n_embed=49), "n_embed needs token 48"),
         (coordinates(n_embed=48, down_factor=4), "down_factor is 4, and a code"),
+        (scene(["objects"] * 99), r"conditional_key is \['objects', .*\.\.\.; supported"),
+        (depth(cond_stage_config={"target": "x" * 999}), r"target is 'x*\.\.\., which is not"),
         (scene("objects"), "conditional_key is 'objects'; supported are objects_bbox and"),
         (scene() | {"data": {}}, "data.params.train is missing"),
         (scene(no_tokens=None), "lacks data.params.train.params.no_tokens"),

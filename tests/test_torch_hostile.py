@@ -179,3 +179,67 @@ def test_a_number_of_yaml_that_python_does_not_print(tmp_path):
     path.write_text("model: {target: x.VQModel, params: {n_embed: 0x" + "f" * 4000 + "}}")
     with pytest.raises(ConversionError, match="digits"):
         read_yaml(path)
+
+
+def tensor(storage, count, shape, strides):
+    """Instructions for a tensor of float32 in a storage of `count` values."""
+    numbers = b"".join(
+        b"(" + b"".join(b"J" + struct.pack("<i", n) for n in values) + b"t"
+        for values in (shape, strides)
+    )
+    key = b"X" + struct.pack("<I", len(storage)) + storage.encode()
+    pid = b"(X\x07\0\0\0storagectorch\nFloatStorage\n" + key + b"X\x03\0\0\0cpuJ"
+    pid += struct.pack("<i", count) + b"tQ"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + pid + b"K\x00" + numbers + b"\x89}tR"
+
+
+@pytest.mark.parametrize("memo", [True, False])
+def test_many_tensors_of_one_storage(tmp_path, memo):
+    """A megabyte that a file mentions as tensors of a terabyte, which a reader would copy."""
+
+    def write(count):
+        one = tensor("0", 2**18, (2**18,), (1,))
+        values = [one + b"q\x00", *[b"h\x00"] * (count - 1)] if memo else [one] * count
+        path = tmp_path / f"{count}.ckpt"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            items = b"".join(b"M" + struct.pack("<H", i) + v for i, v in enumerate(values))
+            file.writestr("a/data.pkl", START + b"}(" + items + b"u.")
+            file.writestr("a/data/0", bytes(2**20))
+        return path
+
+    assert len(read_checkpoint(write(200))) == 200
+    with pytest.raises(DataError, match="share storages"):
+        read_checkpoint(write(20_000))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "int8"])
+def test_views_of_big_endian_files(tmp_path, dtype):
+    """Strided views, such as a transposed matrix that shares its storage with the matrix."""
+    numbers = np.arange(12).astype(dtype) * (1 + 2j if dtype == "complex64" else 1)
+    names = {"float32": b"Float", "complex64": b"ComplexFloat", "int8": b"Char"}
+    one = tensor("0", 12, (3, 2), (1, 6)).replace(b"Float", names[dtype])
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as file:
+        file.writestr("a/data.pkl", START + b"}(K\x00" + one + b"u.")
+        file.writestr("a/byteorder", b"big")
+        file.writestr("a/data/0", numbers.astype(numbers.dtype.newbyteorder(">")).tobytes())
+    found = read_checkpoint(tmp_path / "x.ckpt")[0]
+    np.testing.assert_array_equal(found, [[n, n + 6 * numbers[1]] for n in numbers[:3]])
+    assert found.dtype == dtype and not found.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [("arr_0.npy", ".npz"), ("model.weights.h5", "Keras"), ("a.txt", "no data.pkl")],
+)
+def test_archives_of_other_kinds(tmp_path, record, words):
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as file:
+        file.writestr(record, b"x")
+    with pytest.raises(DataError, match=f"x.ckpt: is a.*{words}"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_a_moving_average_alone():
+    checkpoint = {"ema": MODEL}
+    assert unwrap(checkpoint, taming.ROOTS)[0].keys() == MODEL.keys()
+    with pytest.raises(ConversionError, match="leave out --weights=raw"):
+        unwrap(checkpoint, taming.ROOTS, "raw")

@@ -9,6 +9,7 @@ be turned is handed on apart. Of several frames only the first is left.
 import bisect
 import dataclasses
 import io
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from typing import BinaryIO
 METADATA_BYTES = 2**20  # of one entry that may say how an image is to be turned
 MAX_CHUNKS = 2**20  # of a PNG file
 MAX_JUNK = 2**20  # bytes between the parts of a file
+MAX_SCANS = 500  # of a JPEG file, with their tables; about ten are usual, each over all pixels
 MAX_STRIPS = 2**21  # of a TIFF file; each takes some 300 bytes in Pillow
 _PNG_PARTS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _JPEG_COLOURS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}  # shorter ones do not count
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # within pixels, but for restarts
 _PNG_XMP, _PNG_EXIF = b"XML:com.adobe.xmp", b"Raw profile type exif"
 _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _TIFF_SIZES |= {16: 8, 17: 8, 18: 8}
@@ -39,8 +42,8 @@ class Contents:
       file: the file without metadata.
       exif: the EXIF block, or nothing.
       xmp: the XMP packet, or nothing.
-      check_pixels: raises `ValueError` where the pixels have another checksum than is stored; it
-        reads them all, so headers are read without it.
+      check_pixels: raises `ValueError` where the pixels have another checksum than is stored, or
+        take too long to decode; it reads them all, so headers are read without it.
     """
 
     file: BinaryIO
@@ -207,7 +210,7 @@ def _jpeg(file: BinaryIO) -> Contents:
     size, parts, exif, xmp = _size_of(file), _Parts(file), b"", b""
     parts.add((0, 2))
     file.seek(2)
-    junk = 0
+    junk = pixels = 0
     while junk < MAX_JUNK:
         byte = file.read(1)
         while byte and byte != b"\xff" and junk < MAX_JUNK:  # decoders pass over it too
@@ -223,6 +226,7 @@ def _jpeg(file: BinaryIO) -> Contents:
         length = int.from_bytes(file.read(2), "big")
         if marker in (0xD9, 0xDA) or length < 2:  # pixels, to the end of the file
             parts.add((start, size))
+            pixels = start
             break
         end = start + 2 + length
         if 0xE0 <= marker <= 0xEF or marker == 0xFE:
@@ -238,7 +242,32 @@ def _jpeg(file: BinaryIO) -> Contents:
         else:
             parts.add((start, min(end, size)))
         file.seek(end)
-    return Contents(parts.buffered(), exif, xmp)
+    return Contents(parts.buffered(), exif, xmp, lambda: _check_scans(file, pixels))
+
+
+def _check_scans(file: BinaryIO, position: int) -> None:
+    """Raises `ValueError` where a JPEG file has more than `MAX_SCANS` scans from a place on."""
+    found = 0
+    while found <= MAX_SCANS:
+        file.seek(position)
+        block = file.read(2**16)
+        marker = _JPEG_MARKER.search(block)
+        if marker:
+            if marker.group() == b"\xff\xd9":  # the end; what follows is no part of the image
+                return
+            position += marker.end()
+            position += max(int.from_bytes(_read_at(file, position, 2), "big"), 2)
+            found += 1
+        elif len(block) < 2:
+            return
+        else:
+            position += len(block) - 1
+    raise ValueError(f"it has more than {MAX_SCANS} scans and tables")
+
+
+def _read_at(file: BinaryIO, position: int, count: int) -> bytes:
+    file.seek(position)
+    return file.read(count)
 
 
 def _gif(file: BinaryIO) -> Contents:

@@ -92,8 +92,8 @@ def assign_condition(
         _assign_layout(config, options, data)
     else:
         raise ConversionError(
-            f"cond_stage_config.target is {stage.get('target')}, which is not supported; "
-            f"{_SUPPORTED}."
+            f"cond_stage_config.target is {shortened(stage.get('target'))}, which is not "
+            f"supported; {_SUPPORTED}."
         )
     return {}
 
@@ -154,9 +154,9 @@ def _assign_coordinates(config: ConfigDict, options: Mapping, where: str, factor
 
 def _assign_layout(config: ConfigDict, options: Mapping, data: Mapping) -> None:
     key = options.get("conditional_key")
-    if key not in _PLACES:
+    if not isinstance(key, str) or key not in _PLACES:
         raise ConversionError(
-            f"cond_stage_config.params.conditional_key is {key!r}; supported are "
+            f"cond_stage_config.params.conditional_key is {shortened(key)}; supported are "
             f"{' and '.join(_PLACES)}."
         )
     config.condition.kinds = ("layout",)

@@ -41,7 +41,7 @@ def assign_order(model: ConfigDict, params: Mapping) -> None:
     name = class_name(permuter)
     if name not in _ORDERS:
         raise ConversionError(
-            f"permuter_config.target is {permuter.get('target')}; supported are "
+            f"permuter_config.target is {shortened(permuter.get('target'))}; supported are "
             f"{', '.join(_ORDERS)}."
         )
     if _ORDERS[name] != ROW_MAJOR:
@@ -51,8 +51,8 @@ def assign_order(model: ConfigDict, params: Mapping) -> None:
         for key, size in (("H", rows), ("W", columns)):
             if number(options, key, int, 0) != size:
                 raise ConversionError(
-                    f"{where}.{key} is {options.get(key)}, and the model's grid has {rows}x"
-                    f"{columns} codes."
+                    f"{where}.{key} is {shortened(options.get(key))}, and the model's grid has "
+                    f"{rows}x{columns} codes."
                 )
         try:
             permutation(_ORDERS[name], rows, columns)

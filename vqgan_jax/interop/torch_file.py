@@ -14,7 +14,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MOST_INFLATED = 512 * 2**20  # bytes of compressed records, beside eight times the file
 _MOST_REPEATED = 2**20  # bytes of a tensor that repeats a smaller storage
+_MOST_SHARED = 256 * 2**20  # bytes of all tensors, beside four times their storages
 _MOST_DIRECTORY = 8 * 2**20  # bytes of an archive's directory: some 100,000 tensors
 _ALIGNMENT = 64  # bytes; where PyTorch starts a record, so that a memory map is aligned
 
@@ -69,10 +70,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             else:
                 raise CheckpointFileError(f"{path}: {_what_it_is(start)}.")
 
-            def array(tensor: Tensor) -> np.ndarray:
-                return _array(tensor, storage_bytes, big_endian, path)
-
-            tree = _with_arrays(tree, array, {})
+            tree = _with_arrays(tree, _Arrays(path, storage_bytes, big_endian), {})
     except (CheckpointFileError, OSError):
         raise
     except Exception as error:  # a damaged or hostile pickle ends in any of Python's errors
@@ -105,6 +103,15 @@ def _what_it_is(start: bytes) -> str:
         "is no PyTorch checkpoint (neither a zip archive nor a pickle); check that the download is "
         "the file itself"
     )
+
+
+def _what_archive_it_is(names: Collection[str]) -> str:
+    """What a zip archive without a pickle of PyTorch is."""
+    if any(name.endswith(".npy") for name in names):
+        return "is an .npz file of NumPy and no PyTorch checkpoint"
+    if "model.weights.h5" in names:
+        return "is a file of Keras and no PyTorch checkpoint"
+    return "is a zip archive but no PyTorch checkpoint (it has no data.pkl)"
 
 
 def has_checksums(path: str | os.PathLike) -> bool:
@@ -150,9 +157,7 @@ def _open_zip(path: Path, file: _BoundedReads):
     records = _records(path, archive, file_bytes)
     roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")]
     if not roots:
-        raise CheckpointFileError(
-            f"{path}: is a zip archive but no PyTorch checkpoint (it has no data.pkl)."
-        )
+        raise CheckpointFileError(f"{path}: {_what_archive_it_is(records)}.")
     root = min(roots, key=len)
     inflated = 0
 
@@ -286,6 +291,33 @@ def _open_legacy(path: Path):
     return tree, storage_bytes, big_endian
 
 
+class _Arrays:
+    """The arrays that tensors describe.
+
+    Tensors may share storages, and a tensor may be mentioned often: each mention counts, because
+    what reads the checkpoint copies each.
+    """
+
+    def __init__(self, path: Path, storage_bytes: Callable, big_endian: bool):
+        self._path, self._storage_bytes, self._big_endian = path, storage_bytes, big_endian
+        self._storages: set[str] = set()
+        self._stored = self._mentioned = 0
+
+    def __call__(self, tensor: Tensor) -> np.ndarray:
+        array = _array(tensor, self._storage_bytes, self._big_endian, self._path)
+        if tensor.storage.key not in self._storages:
+            self._storages.add(tensor.storage.key)
+            self._stored += tensor.storage.size * DTYPES[tensor.storage.dtype].itemsize
+        self._mentioned += array.nbytes
+        if self._mentioned > 4 * self._stored + _MOST_SHARED:
+            raise CheckpointFileError(
+                f"{self._path}: its tensors share storages and are far larger than these "
+                f"({self._mentioned} bytes of {self._stored}); save their contiguous() forms with "
+                "PyTorch."
+            )
+        return array
+
+
 def _array(tensor: Tensor, storage_bytes: Callable, big_endian: bool, path: Path) -> np.ndarray:
     dtype, storage = DTYPES[tensor.dtype], tensor.storage
     offset, shape, strides = tensor.offset, tensor.shape, tensor.strides
@@ -316,21 +348,25 @@ def _array(tensor: Tensor, storage_bytes: Callable, big_endian: bool, path: Path
             f"{storage.key}; save its contiguous() form with PyTorch."
         )
     values = values[: values.size // dtype.itemsize * dtype.itemsize]
-    if big_endian:
-        width = dtype.itemsize // (2 if dtype.kind == "c" else 1)
-        values = values.view(f"u{width}").byteswap()
-    values = values.view(dtype)[offset:]
     byte_strides = [stride * dtype.itemsize for stride in strides]
-    return as_strided(values, shape, byte_strides, writeable=False)
+    if not big_endian:
+        return as_strided(values.view(dtype)[offset:], shape, byte_strides, writeable=False)
+    width = dtype.itemsize // (2 if dtype.kind == "c" else 1)
+    parts = dtype.itemsize // width  # the real and the imaginary one are swapped by themselves
+    values = values.view(f"u{width}")[offset * parts :]
+    swapped = as_strided(values, (*shape, parts), (*byte_strides, width)).byteswap()
+    array = swapped.view(dtype)[..., 0]
+    array.flags.writeable = False
+    return array
 
 
 def _with_arrays(value, array: Callable, done: dict):
     """The tree with plain containers, arrays for tensors, and cycles kept."""
+    if isinstance(value, Tensor):
+        return array(value)
     if id(value) in done:
         return done[id(value)][1]
-    if isinstance(value, Tensor):
-        result = array(value)
-    elif isinstance(value, Dtype):
+    if isinstance(value, Dtype):
         result = value.name
     elif isinstance(value, dict):
         result = {}

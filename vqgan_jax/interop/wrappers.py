@@ -43,7 +43,7 @@ def unwrap(
       root, the tensors are as they are in the file.
 
     Raises:
-      ConversionError: there are no tensors, or no moving average and one is asked for.
+      ConversionError: there are no tensors, or not those that are asked for.
     """
     notes = []
     raw_key, raw = _find(checkpoint, _RAW_KEYS)
@@ -60,6 +60,10 @@ def unwrap(
             "The checkpoint has no moving average that --weights=ema could take: it has "
             f"{some(map(str, checkpoint))}."
         )
+    if weights == RAW and ema and not raw:
+        raise ConversionError(
+            f"The checkpoint holds a moving average alone, {ema_key}: leave out --weights=raw."
+        )
     if not raw and not ema:
         lists = [key for key in checkpoint if isinstance(checkpoint[key], list | tuple)]
         hint = f" Lists such as {lists[0]!r} have no names." if lists else ""
@@ -67,7 +71,7 @@ def unwrap(
             f"The checkpoint holds no tensors by name: it has {some(map(str, checkpoint))}.{hint}"
         )
     tensors, key = raw, raw_key
-    if ema and (weights != RAW or not raw):
+    if ema and weights != RAW:
         tensors, key = ema, ema_key
         if raw:
             notes.append(f"the moving average, {key}; --weights=raw takes the trained weights")
