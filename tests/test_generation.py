@@ -16,6 +16,7 @@ import training_runs as runs
 import transformer_runs as stage2
 import vqgan_jax
 from transformer_runs import CLASSES, CODEBOOK, GRID, assert_one_line
+from vqgan_jax.checkpoints.directory_lock import is_empty, locked
 from vqgan_jax.drawing import Drawing
 from vqgan_jax.errors import DataError
 from vqgan_jax.generation import Generator
@@ -320,6 +321,13 @@ def test_other_settings_are_refused(transformer_run, sampled, transformer_inputs
             sample(str(transformer_run), new, COUNT, **options)
         assert words in assert_one_line(error)
         assert not new.exists()
+
+
+def test_a_second_job_is_refused(transformer_run, tmp_path):
+    with locked(tmp_path / "samples"):
+        with pytest.raises(DataError, match="samples is in use by another job"):
+            sample(str(transformer_run), tmp_path / "samples", COUNT)
+        assert is_empty(tmp_path / "samples")
 
 
 def test_the_wrong_kind_of_model(transformer_run, transformer_inputs, tmp_path):

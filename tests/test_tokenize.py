@@ -19,6 +19,7 @@ import programs
 import tiny
 import training_runs as runs
 import vqgan_jax
+from vqgan_jax.checkpoints.directory_lock import is_empty, locked
 from vqgan_jax.conditions.coordinates import coordinate_tokens
 from vqgan_jax.conditions.derived import canny_edges, low_resolution
 from vqgan_jax.data import code_report
@@ -275,6 +276,14 @@ def test_damaged_images_are_replaced_and_counted(export, photographs, tmp_path, 
     with pytest.raises(DataError, match="2 images or more of 120 are damaged"):
         tokenize(str(export), tmp_path / "other", f"folder:{folder}", ["all"])
     assert not (tmp_path / "other" / "all" / "manifest.json").exists()
+
+
+def test_a_second_job_is_refused(export, photographs, tmp_path):
+    with locked(tmp_path / "codes" / "all"):
+        with pytest.raises(DataError, match="codes/all is in use by another job"):
+            tokenize(str(export), tmp_path / "codes", f"folder:{photographs}", ["all"])
+        assert os.listdir(tmp_path / "codes") == ["all"]
+        assert is_empty(tmp_path / "codes" / "all")
 
 
 # ---- Killed, stopped, and going on.

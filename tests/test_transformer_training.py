@@ -498,6 +498,20 @@ def test_codes_of_another_grid_and_without_classes(transformer_inputs, tmp_path)
     assert vqgan_jax.load(tmp_path / "run").sample(num_samples=3).shape == (3, 16, 16, 3)
 
 
+def test_damaged_codes_end_a_run_before_it_saves(transformer_inputs, tmp_path):
+    """A code that is another one, which only the SHA-256 of its file shows."""
+    codes = tmp_path / "codes"
+    shutil.copytree(transformer_inputs.directory / "codes", codes)
+    shard = codes / "train" / "codes-00000-of-00001.npy"
+    changed = bytearray(shard.read_bytes())
+    changed[-2] ^= 1
+    shard.write_bytes(changed)
+    config = tiny_config(data={"codes": str(codes)})
+    with pytest.raises(DataError, match=f"damaged, so nothing is saved: .*{shard.name}"):
+        stage2.train_alone(config, tmp_path / "run")
+    assert runs.steps(tmp_path / "run") == []
+
+
 def test_an_error_ends_the_command_in_one_line(transformer_run, tmp_path):
     workdir = runs.copy_until(transformer_run, tmp_path / "run", 4)
     before = runs.fingerprint(workdir)
