@@ -18,6 +18,7 @@ from vqgan_jax.configuration import (
 from vqgan_jax.data.folders import FolderSource
 from vqgan_jax.data.listing import list_files
 from vqgan_jax.data.splits import list_folder, split_of
+from vqgan_jax.describe import describe
 from vqgan_jax.errors import DataError
 
 
@@ -260,3 +261,9 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=f"{pathlib.Path(tmp_path)} cannot be read: Permission"):
         list_folder(tmp_path)
+
+
+def test_what_is_neither_a_path_nor_a_data_set():
+    words = "There is no file or folder nowhere. There is no data set called 'nowhere'"
+    with pytest.raises(DataError, match=words):
+        describe("nowhere")

@@ -68,7 +68,12 @@ def _report(what: str, data_dir: str, decode: bool, picture: str) -> tuple[dict,
     is_folder = path.is_dir() or what.startswith("folder:")
     if not is_folder and "/" in what and not what.partition("/")[0].isidentifier():
         raise DataError(f"There is no {path}.")
-    listing = dataset_report.list_dataset(f"folder:{path}" if is_folder else what, data_dir)
+    try:
+        listing = dataset_report.list_dataset(f"folder:{path}" if is_folder else what, data_dir)
+    except DataError as error:
+        if is_folder:
+            raise
+        raise DataError(f"There is no file or folder {path}. {error}") from error
     report = dataset_report.describe_dataset(listing, decode)
     if picture:
         write_picture(listing, pathlib.Path(picture))

@@ -234,7 +234,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         counts = values["classes"]
         by_class = ", ".join(f"{name} {count}" for name, count in [*counts.items()][:8])
         more = f", and {len(counts) - 8} more" if len(counts) > 8 else ""
-        found.append(f"  {split:12} {values['images']} images  {by_class}{more}")
+        images = "image " if values["images"] == 1 else "images"
+        found.append(f"  {split:12} {values['images']} {images}  {by_class}{more}")
     if report["sizes"]:
         small, median, large = (
             "x".join(map(str, report["sizes"][key])) for key in ("smallest", "median", "largest")

@@ -138,7 +138,7 @@ class Checkpoints:
                 raise  # nothing that another checkpoint would help against
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
                 self._set_aside(step, error)
-        if any(self._directory.glob("*.damaged*")):
+        if any(self._directory.glob("*[0-9].damaged*")):
             raise CheckpointError(
                 f"None of the checkpoints in {self._directory} can be read; they are renamed to "
                 "STEP.damaged. Choose another --workdir to start anew."
@@ -195,7 +195,8 @@ class Checkpoints:
         distributed.barrier(f"config of {path.parent.parent.name} read")
         if jax.process_index() == 0:
             if path.exists():
-                set_aside(path, damage, f"the run's {CONFIG_FILE} takes its place")
+                instead = f"the run's {CONFIG_FILE} takes its place"
+                set_aside(path, damage, instead, path.parent.parent)
             else:
                 logging.warning("%s is missing; the run's %s takes its place.", path, CONFIG_FILE)
             path.parent.mkdir(exist_ok=True)
@@ -243,7 +244,7 @@ def _set_aside_bookkeeping(directory: pathlib.Path) -> None:
                 form = dict[str, float] if path.name == "metrics" else dict[str, Any]
                 documents.convert(content, form, "It")
             except (ValueError, RecursionError) as error:
-                set_aside(path, documents.first_line(error), instead)
+                set_aside(path, documents.first_line(error), instead, path.parent)
 
 
 def _parse_config(file: pathlib.Path) -> ConfigDict:
