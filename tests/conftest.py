@@ -33,6 +33,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 _RUNS = ("reference_run", "reference_run_in_float64", "transformer_run")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items):
     """Tests with the same long fixture are one worker's: others would wait, or make it again."""
     for item in items:

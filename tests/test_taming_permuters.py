@@ -93,7 +93,10 @@ def test_there_and_back_with_the_numbers_of_the_reference(tmp_path, capsys, orde
 @pytest.mark.parametrize(
     ("params", "problem"),
     [
-        ({"permuter_config": {"target": "x.Hilbert"}}, "is x.Hilbert; supported are Identity, Alt"),
+        (
+            {"permuter_config": {"target": "x.Hilbert"}},
+            "is 'x.Hilbert'; supported are Identity, Alt",
+        ),
         ({"permuter_config": {}}, "permuter_config.target is None; supported are Identity"),
         (permuter("z_curve", H=8), "permuter_config.params.H is 8, and the model's grid has 4x4"),
         (permuter("random", W=None), "W is None; it must be of type int"),

@@ -297,7 +297,7 @@ MINGPT = "taming.modules.transformer.mingpt."
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"cond_stage_config": {"target": "x.Else"}}, "target is x.Else, which is not supported"),
+        ({"cond_stage_config": {"target": "x.Else"}}, "target is 'x.Else', which is not supported"),
         ({"cond_stage_config": None}, "cond_stage_config is missing"),
         ({"cond_stage_config": LABELATOR | {"params": {}}}, "lacks cond_stage_config.params.n_cl"),
         ({"transformer_config": {"target": f"{MINGPT}CodeGPT"}}, "CodeGPT; only taming"),
