@@ -10,19 +10,28 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling takes most of the tests' time. Without optimisation and with the older emitters it takes
-# a third of it, and tiny models run fast enough. The first process asks for all.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    flags = (
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
-    )
-    for flag in flags:
-        tried = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
-        program = [sys.executable, "-c", "import jax; jax.devices()"]
-        # A compiler of another version, that does not know a flag, ends the process.
-        if subprocess.run(program, env=tried, capture_output=True, check=False).returncode == 0:
-            os.environ["XLA_FLAGS"] = tried["XLA_FLAGS"]
+# a third of it, and tiny models run fast enough.
+_XLA_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+
+
+def _add_xla_flags(*flags):
+    """Adds flags to the environment, unless the compiler does not know one and ends the process."""
+    environment = {"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags])}
+    program = [sys.executable, "-c", "import jax; jax.devices()"]
+    run = subprocess.run(program, env=os.environ | environment, capture_output=True, check=False)
+    if run.returncode == 0:
+        os.environ.update(environment)
+    return run.returncode == 0
+
+
+# The first process asks for all.
+if "PYTEST_XDIST_WORKER" not in os.environ and not _add_xla_flags(*_XLA_FLAGS):
+    for flag in _XLA_FLAGS:
+        _add_xla_flags(flag)
 # Several tests and processes compile the same.
 _CACHE = pathlib.Path(tempfile.gettempdir()) / f"vqgan_jax_tests_{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))

@@ -10,7 +10,6 @@ from PIL import Image
 import tiny
 from vqgan_jax.configuration import transformer_config
 from vqgan_jax.training.checkpoints import write_export
-from vqgan_jax.training.game import make_vqgan
 from vqgan_jax.training.learner import Learner
 
 CLASSES = ("blue", "green", "red")
@@ -39,7 +38,7 @@ def write_models(directory):
     config = tiny.config_of_tiny_model(codebook_size=CODEBOOK, kmeans_init=True)
     config.model.resolution, config.model.channel_multipliers = SIDE, (1, 1, 1)
     config.data.name, config.data.threads = f"folder:{directory / 'images'}", 1
-    variables = jax.jit(make_vqgan(config.model).init)(jax.random.key(0), images)
+    variables = tiny.variables_with_centres(config, images)
     write_export(directory / "tokenizer", config, variables)
     own = transformer()
     own.tokenizer.path, own.data.name = str(directory / "tokenizer"), config.data.name

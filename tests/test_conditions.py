@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from vqgan_jax.errors import DataError
 from vqgan_jax.sample import sample, split_conditions
 from vqgan_jax.tokenize import tokenize
 from vqgan_jax.training.checkpoints import write_export
-from vqgan_jax.training.game import make_vqgan
 
 LABELS = 3
 
@@ -85,7 +83,7 @@ def inputs(transformer_inputs, tmp_path_factory):
     config.data.image_key = "segmentation"
     maps = sorted((directory / "images" / "segmentation" / "train").rglob("*.png"))
     one_hot = np.eye(LABELS, dtype=np.float32)[[np.asarray(Image.open(path)) for path in maps]]
-    variables = jax.jit(make_vqgan(config.model).init)(jax.random.key(1), one_hot)
+    variables = tiny.variables_with_centres(config, one_hot, seed=1)
     write_export(directory / "labels", config, variables)
     tokenize(
         str(directory / "tokenizer"),

@@ -72,7 +72,7 @@ def export_tokenizer(directory, pictures):
     config = tiny.config_of_tiny_model(codebook_size=CODEBOOK, kmeans_init=True)
     config.model.resolution, config.model.channel_multipliers = SIDE, (1, 1, 1, 1)
     config.model.in_channels = config.model.out_channels = 1
-    variables = jax.jit(make_vqgan(config.model).init)(jax.random.key(1), pictures)
+    variables = tiny.variables_with_centres(config, pictures, seed=1)
     write_export(directory, config, variables)
 
 

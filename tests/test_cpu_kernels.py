@@ -77,7 +77,7 @@ def test_finite_differences(float64):
         x = cpu.add_bias(cpu.convolve_large(x, kernel, PADDINGS["uneven"]), bias)
         return jnp.sin(cpu.normalize_groups(x, scale, bias, 2, 1e-6))
 
-    check_grads(network, (x, kernel, normal(3, (4,)), bias), order=1, modes=["rev"])
+    check_grads(jax.jit(network), (x, kernel, normal(3, (4,)), bias), order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 6])
@@ -91,7 +91,7 @@ def test_group_normalization(float64, num_groups):
     def theirs(*inputs):
         return plain_normalization(*inputs, num_groups, 1e-6)
 
-    assert_near(ours(*inputs), theirs(*inputs), 1e-13)
+    assert_near(jax.jit(ours)(*inputs), jax.jit(theirs)(*inputs), 1e-13)
     assert_near(gradients(ours, *inputs), gradients(theirs, *inputs), 1e-12)
 
 
@@ -99,7 +99,8 @@ def test_group_normalization_far_from_zero():
     """Float32 statistics keep their precision where the mean is 1,000 times the deviation."""
     x = np.random.default_rng(0).standard_normal((1, 64, 64, 4)) + 1000.0
     x = x.astype(np.float32)
-    ours = cpu.normalize_groups(jnp.asarray(x), jnp.ones(4), jnp.zeros(4), 2, 1e-6)
+    normalize = jax.jit(lambda *inputs: cpu.normalize_groups(*inputs, 2, 1e-6))
+    ours = normalize(jnp.asarray(x), jnp.ones(4), jnp.zeros(4))
     with jax.enable_x64(True):
         exact = plain_normalization(jnp.asarray(x, np.float64), jnp.ones(4), jnp.zeros(4), 2, 1e-6)
     assert np.max(np.abs(np.asarray(ours, np.float64) - np.asarray(exact))) < 1e-3
@@ -166,9 +167,9 @@ def test_the_forms_of_all_backends_agree(float64, monkeypatch):
         return operations.normalize_groups(x, scale, bias, 4, 1e-6)
 
     inputs = x, kernel, scale, bias
-    ours = network(*inputs), gradients(network, *inputs)
+    ours = jax.jit(lambda *x: network(*x))(*inputs), gradients(network, *inputs)
     with planned_for("tpu"):
-        theirs = network(*inputs), gradients(network, *inputs)
+        theirs = jax.jit(lambda *x: network(*x))(*inputs), gradients(network, *inputs)
     assert_near(ours, theirs, 1e-12)
 
 
@@ -207,7 +208,7 @@ def test_causal_attention(float64, monkeypatch, length, heads, kv_heads, num_unm
 
 def test_causal_attention_in_bfloat16():
     inputs = [normal(i, (2, 9, 4, 8), jnp.bfloat16) for i in range(3)]
-    ours = cpu_tokens.attend(*inputs, 0)
+    ours = jax.jit(lambda *inputs: cpu_tokens.attend(*inputs, 0))(*inputs)
     assert ours.dtype == jnp.bfloat16
     exact = plain_attention(*(x.astype(jnp.float32) for x in inputs), 0)
     assert_near(ours.astype(jnp.float32), exact, 1e-2)

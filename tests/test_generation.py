@@ -234,7 +234,8 @@ def test_eight_devices_draw_what_one_does(transformer_run, sampled, tmp_path):
     sample(str(transformer_run), tmp_path / "output", COUNT, formats=["png"], batch_size=2)
     ours, theirs = pictures(tmp_path / "output"), pictures(sampled)
     assert ours.keys() == theirs.keys()
-    assert sum(np.any(ours[name] != theirs[name]) for name in ours) <= COUNT / 200
+    different = np.abs([ours[name].astype(int) - theirs[name] for name in ours])
+    assert different.max() <= 1 and different.mean() < 1e-3  # a rounding of a pixel
 
 
 @pytest.mark.slow

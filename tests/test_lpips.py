@@ -1,5 +1,6 @@
 """The perceptual distance: reading weights safely, refusing wrong ones, gradients, sizes."""
 
+import functools
 import hashlib
 import os
 import pickle
@@ -148,7 +149,8 @@ def test_distance_is_the_definition_on_the_first_layer(params):
 
     squares = (unit_features(x) - unit_features(y)) ** 2
     expected = np.mean(squares @ np.asarray(first_only["head_0"]))
-    found = LPIPS("alexnet").apply({"params": params | {"heads": first_only}}, x, y)
+    params = params | {"heads": first_only}
+    found = tiny.run(LPIPS("alexnet"), {"params": params}, x, y)
     np.testing.assert_allclose(found, [expected], rtol=1e-4)
 
 
@@ -178,17 +180,18 @@ def test_gradient_is_finite_at_equal_images(params):
 def test_one_channel_is_grey(params):
     model = LPIPS("alexnet")
     x, y = tiny.random_images(1, 32, 32, 1), tiny.random_images(1, 32, 32, 1, seed=1)
-    grey = model.apply({"params": params}, x, y)
-    colour = model.apply({"params": params}, np.repeat(x, 3, -1), np.repeat(y, 3, -1))
+    grey = tiny.run(model, {"params": params}, x, y)
+    colour = tiny.run(model, {"params": params}, np.repeat(x, 3, -1), np.repeat(y, 3, -1))
     np.testing.assert_allclose(grey, colour, rtol=1e-6)
 
 
 def test_heads_drop_features_only_where_training_asks_for_it(params):
     model = LPIPS("alexnet")
     x, y = tiny.random_images(1, 32, 32, 3), tiny.random_images(1, 32, 32, 3, seed=1)
-    plain = model.apply({"params": params}, x, y)
+    plain = tiny.run(model, {"params": params}, x, y)
+    dropping = jax.jit(functools.partial(model.apply, train=True))
     dropped = [
-        model.apply({"params": params}, x, y, train=True, rngs={"dropout": jax.random.key(seed)})
+        dropping({"params": params}, x, y, rngs={"dropout": jax.random.key(seed)})
         for seed in range(2)
     ]
     assert len({float(d[0]) for d in (plain, *dropped)}) == 3

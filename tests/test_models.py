@@ -1,5 +1,7 @@
 """Networks: sizes against the published ones, layers against NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +116,7 @@ def test_attention_is_where_the_config_says(resolution, levels):
 
 def test_downsample_pads_below_and_to_the_right():
     params = {"conv": {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}}
-    output = Downsample().apply({"params": params}, jnp.ones((1, 4, 4, 1)))
+    output = tiny.run(Downsample(), {"params": params}, jnp.ones((1, 4, 4, 1)))
     np.testing.assert_array_equal(output.ravel(), [9, 6, 6, 4])
 
 
@@ -122,12 +124,12 @@ def test_upsample_repeats_pixels():
     kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
     params = {"conv": {"kernel": kernel, "bias": jnp.zeros(1)}}
     x = np.arange(6.0).reshape(1, 2, 3, 1)
-    output = Upsample().apply({"params": params}, x)
+    output = tiny.run(Upsample(), {"params": params}, x)
     np.testing.assert_array_equal(output[0, ..., 0], np.kron(x[0, ..., 0], np.ones((2, 2))))
 
 
 def test_convolution_starts_in_the_bounds_of_its_fan_in():
-    params = Conv(64).init(jax.random.key(0), jnp.zeros((1, 4, 4, 16)))["params"]
+    params = tiny.initialized(Conv(64), jnp.zeros((1, 4, 4, 16)))["params"]
     bound = 1 / np.sqrt(9 * 16)
     for leaf in params.values():
         assert 0.9 * bound < np.abs(leaf).max() <= bound
@@ -136,10 +138,11 @@ def test_convolution_starts_in_the_bounds_of_its_fan_in():
 
 def test_one_by_one_convolution_is_a_matrix_product():
     x = tiny.random_images(2, 3, 5, 4)
-    variables = Conv(6, kernel_size=1).init(jax.random.key(0), x)
+    variables = tiny.initialized(Conv(6, kernel_size=1), x)
     kernel, bias = (np.asarray(variables["params"][name]) for name in ("kernel", "bias"))
     expected = x @ kernel[0, 0] + bias
-    np.testing.assert_allclose(Conv(6, kernel_size=1).apply(variables, x), expected, atol=1e-6)
+    found = tiny.run(Conv(6, kernel_size=1), variables, x)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_group_norm_is_that_of_numpy():
@@ -149,15 +152,14 @@ def test_group_norm_is_that_of_numpy():
     groups = x.reshape(2, 20, 32, 2).astype(np.float64)
     mean, variance = (f(groups, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
     expected = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * scale + bias
-    found = GroupNorm().apply({"params": {"scale": scale, "bias": bias}}, x)
+    found = tiny.run(GroupNorm(), {"params": {"scale": scale, "bias": bias}}, x)
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_group_norm_keeps_its_statistics_in_float32():
     x = 100 + tiny.random_images(1, 32, 32, 32)
     norm = GroupNorm(dtype=jnp.bfloat16)
-    variables = norm.init(jax.random.key(0), x)
-    output = norm.apply(variables, jnp.asarray(x))
+    output = tiny.run(norm, tiny.initialized(norm, x), x)
     assert output.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.std(np.asarray(output, np.float32)), 1, atol=0.01)
 
@@ -182,9 +184,9 @@ def test_only_with_norms_of_each_position_has_a_place_its_latents_in_every_image
 
 def test_attention_is_that_of_numpy():
     x = tiny.random_images(2, 3, 4, 32)
-    variables = AttentionBlock().init(jax.random.key(0), x)
+    variables = tiny.initialized(AttentionBlock(), x)
     params = jax.tree.map(np.asarray, variables["params"])
-    h = np.asarray(GroupNorm().apply({"params": params["norm"]}, x)).reshape(2, 12, 32)
+    h = np.asarray(tiny.run(GroupNorm(), {"params": params["norm"]}, x)).reshape(2, 12, 32)
 
     def project(name, h):
         return h @ params[name]["kernel"][0, 0] + params[name]["bias"]
@@ -192,22 +194,23 @@ def test_attention_is_that_of_numpy():
     logits = project("query", h) @ project("key", h).transpose(0, 2, 1) / np.sqrt(32)
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = x + project("out", weights @ project("value", h)).reshape(x.shape)
-    np.testing.assert_allclose(AttentionBlock().apply(variables, x), expected, atol=1e-5)
+    np.testing.assert_allclose(tiny.run(AttentionBlock(), variables, x), expected, atol=1e-5)
 
 
 def test_batch_norm_is_that_of_numpy_and_its_statistics_those_of_pytorch():
     random = np.random.default_rng(0)
     norm = BatchNorm()
     x = random.normal(2, 3, (4, 3, 3, 5)).astype(np.float32)
-    variables = norm.init(jax.random.key(0), x, train=True)
+    variables = tiny.initialized(norm, x, train=True)
     stats = jax.tree.map(np.asarray, variables["batch_stats"])
     np.testing.assert_array_equal(stats["mean"], 0)
     np.testing.assert_array_equal(stats["var"], 1)
     params = jax.tree.map(np.asarray, variables["params"])
+    train = jax.jit(functools.partial(norm.apply, train=True, mutable=["batch_stats"]))
     mean, variance = np.zeros(5), np.ones(5)
     for _ in range(3):
         x = random.normal(2, 3, (4, 3, 3, 5)).astype(np.float32)
-        found, moved = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+        found, moved = train(variables, x)
         normal = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
         np.testing.assert_allclose(found, normal * params["scale"] + params["bias"], atol=1e-5)
         mean = 0.9 * mean + 0.1 * x.mean((0, 1, 2))
@@ -215,7 +218,7 @@ def test_batch_norm_is_that_of_numpy_and_its_statistics_those_of_pytorch():
         variables = variables | moved
         np.testing.assert_allclose(moved["batch_stats"]["mean"], mean, rtol=1e-5)
         np.testing.assert_allclose(moved["batch_stats"]["var"], variance, rtol=1e-5)
-    found = norm.apply(variables, x, train=False)
+    found = tiny.run(norm, variables, x, train=False)
     expected = (x - mean) / np.sqrt(variance + 1e-5) * params["scale"] + params["bias"]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -223,13 +226,13 @@ def test_batch_norm_is_that_of_numpy_and_its_statistics_those_of_pytorch():
 def test_act_norm_whitens_the_first_batch_and_keeps_its_constants():
     random = np.random.default_rng(0)
     first = random.normal(2, 3, (4, 3, 3, 5)).astype(np.float32)
-    variables = ActNorm().init(jax.random.key(0), first)
-    output = np.asarray(ActNorm().apply(variables, first))
+    variables = tiny.initialized(ActNorm(), first)
+    output = np.asarray(tiny.run(ActNorm(), variables, first))
     np.testing.assert_allclose(output.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(output.std((0, 1, 2), ddof=1), 1, rtol=1e-4)
     other = random.normal(-1, 1, (2, 3, 3, 5)).astype(np.float32)
     expected = (other - first.mean((0, 1, 2))) / (first.std((0, 1, 2), ddof=1) + 1e-6)
-    np.testing.assert_allclose(ActNorm().apply(variables, other), expected, atol=1e-5)
+    np.testing.assert_allclose(tiny.run(ActNorm(), variables, other), expected, atol=1e-5)
 
 
 # ---- Precision and memory.
@@ -237,7 +240,7 @@ def test_act_norm_whitens_the_first_batch_and_keeps_its_constants():
 
 def test_recomputation_gives_equal_gradients():
     x = tiny.random_images(1, 8, 8, 32)
-    variables = jax.jit(Level(32, num_blocks=2, attention=False).init)(jax.random.key(0), x)
+    variables = tiny.drawn(Level(32, num_blocks=2, attention=False), x)
 
     def gradients(remat, keeps="nothing"):
         level = Level(
@@ -302,7 +305,7 @@ def test_dropout_acts_in_training_only():
     )
     encoder = Encoder(latent_channels=4, **shared)
     x = tiny.random_images(1, 8, 8, 3)
-    variables = jax.jit(encoder.init)(jax.random.key(0), x)
+    variables = tiny.drawn(encoder, x)
     run = jax.jit(
         lambda train, key: encoder.apply(variables, x, train, rngs={"dropout": key}),
         static_argnums=0,
@@ -323,7 +326,7 @@ def test_decoder_is_its_features_and_its_head():
         out_channels=3,
     )
     x = tiny.random_images(1, 4, 4, 4)
-    variables = jax.jit(decoder.init)(jax.random.key(0), x)
+    variables = tiny.drawn(decoder, x)
 
     @jax.jit
     def parts(variables):

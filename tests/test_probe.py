@@ -126,7 +126,7 @@ def test_features_of_blocks_are_means_of_what_each_block_gives(generator):
     for block in (1, 2):
         _, params = model.up_to(block)
         variables = {"tokenizer": model.variables["tokenizer"], "transformer": params}
-        expected = finetuned_features(model, block)(variables, raw)
+        expected = jax.jit(finetuned_features(model, block))(variables, raw)
         np.testing.assert_allclose(found[f"block {block}"], expected, rtol=1e-4, atol=1e-5)
     codes = np.asarray(generator.tokenizer.encode(raw / np.float32(127.5) - 1)).reshape(3, 16)
     params = generator.params

@@ -1,10 +1,13 @@
 """Quantisers against NumPy: nearest codes, gradients, moving averages, k-means, Gumbel samples."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny
 from vqgan_jax.losses.quantization import vector_quantization
 from vqgan_jax.models import nearest
 from vqgan_jax.models.nearest import kmeans, l2_normalize, nearest_codes
@@ -80,7 +83,7 @@ def test_memory_does_not_grow_with_the_codebook():
 def quantizer():
     module = NearestQuantizer(SIZE, DIM)
     latents = normal(2, 3, 3, DIM, scale=0.05)
-    return module, module.init(jax.random.key(0), latents), latents
+    return module, tiny.initialized(module, latents), latents
 
 
 def test_codebook_starts_uniform(quantizer):
@@ -97,8 +100,8 @@ def test_gradients_pass_straight_through(quantizer):
     def loss(latents, variables):
         return jnp.sum(weights * module.apply(variables, latents).quantized ** 2)
 
-    to_latents, to_codebook = jax.grad(loss, argnums=(0, 1))(latents, variables)
-    result = module.apply(variables, latents)
+    to_latents, to_codebook = jax.jit(jax.grad(loss, argnums=(0, 1)))(latents, variables)
+    result = tiny.run(module, variables, latents)
     codebook = np.asarray(variables["params"]["codebook"])
     np.testing.assert_allclose(result.quantized, codebook[np.asarray(result.codes)], atol=1e-7)
     np.testing.assert_allclose(to_latents, 2 * weights * result.vectors, rtol=1e-4, atol=1e-7)
@@ -114,7 +117,8 @@ def test_legacy_loss_has_beta_on_the_other_term(quantizer, legacy, shares):
         result = module.apply(variables, latents)
         return vector_quantization(result.latents, result.vectors, beta=0.25, legacy=legacy)
 
-    value, (to_latents, to_codebook) = jax.value_and_grad(loss, argnums=(0, 1))(latents, variables)
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    value, (to_latents, to_codebook) = gradient(latents, variables)
     codebook = np.asarray(variables["params"]["codebook"], np.float64)
     codes = brute_force(latents, codebook)
     difference = latents - codebook[codes]
@@ -128,9 +132,9 @@ def test_legacy_loss_has_beta_on_the_other_term(quantizer, legacy, shares):
 
 def test_lookup_gives_the_vectors_of_codes(quantizer):
     module, variables, latents = quantizer
-    result = module.apply(variables, latents)
+    result = tiny.run(module, variables, latents)
     np.testing.assert_array_equal(
-        module.apply(variables, result.codes, method="lookup"), result.vectors
+        tiny.run(module, variables, result.codes, method="lookup"), result.vectors
     )
 
 
@@ -138,8 +142,8 @@ def test_lookup_gives_the_vectors_of_codes(quantizer):
 def test_unit_length_makes_the_distance_the_cosine(kind):
     module = make_quantizer(kind, SIZE, DIM, True, False, 0.99, 0.0)
     latents = normal(2, 3, 3, DIM) * np.exp(normal(2, 3, 3, 1, seed=3))
-    variables = module.init(jax.random.key(0), latents)
-    result = module.apply(variables, latents)
+    variables = tiny.initialized(module, latents)
+    result = tiny.run(module, variables, latents)
     codebook = np.asarray(
         variables["params"]["codebook"] if kind == "nearest" else variables["codebook"]["embedding"]
     )
@@ -152,7 +156,7 @@ def test_unit_length_makes_the_distance_the_cosine(kind):
 
 def test_unit_length_of_zero_is_zero_with_a_finite_gradient():
     np.testing.assert_array_equal(l2_normalize(jnp.zeros(3)), 0)
-    assert np.all(np.isfinite(jax.jacobian(l2_normalize)(jnp.zeros(3))))
+    assert np.all(np.isfinite(jax.jit(jax.jacobian(l2_normalize))(jnp.zeros(3))))
 
 
 # ---- Moving averages.
@@ -160,14 +164,15 @@ def test_unit_length_of_zero_is_zero_with_a_finite_gradient():
 
 def ema_step(module, variables, latents, seed=0):
     rngs = {"codebook": jax.random.key(seed)}
-    return module.apply(variables, latents, train=True, rngs=rngs, mutable=["codebook"])
+    step = functools.partial(module.apply, train=True, mutable=["codebook"])
+    return jax.jit(step)(variables, latents, rngs=rngs)
 
 
 def test_moving_average_is_the_formula_of_the_paper():
     """Van den Oord et al. 2017, equations 6 to 8, with Laplace smoothing."""
     module = EMAQuantizer(SIZE, DIM, decay=0.9, epsilon=1e-5)
     latents = normal(2, 3, 3, DIM, scale=0.05)
-    variables = module.init(jax.random.key(0), latents)
+    variables = tiny.initialized(module, latents)
     assert "params" not in variables  # nothing for an optimiser
     embedding = np.asarray(variables["codebook"]["embedding"], np.float64)
     counts, sums = np.ones(SIZE), embedding.copy()
@@ -191,7 +196,7 @@ def test_moving_average_is_the_formula_of_the_paper():
 def test_evaluation_moves_nothing():
     module = EMAQuantizer(SIZE, DIM)
     latents = normal(1, 4, 4, DIM)
-    variables = module.init(jax.random.key(0), latents)
+    variables = tiny.initialized(module, latents)
     _, after = module.apply(variables, latents, mutable=["codebook"])
     jax.tree.map(np.testing.assert_array_equal, variables["codebook"], after["codebook"])
 
@@ -199,7 +204,7 @@ def test_evaluation_moves_nothing():
 def test_dead_codes_start_again_on_latents_of_the_batch():
     module = EMAQuantizer(SIZE, DIM, decay=0.5, restart_below=0.1)
     latents = 10 + normal(4, 5, 5, DIM)
-    variables = module.init(jax.random.key(0), latents)
+    variables = tiny.initialized(module, latents)
     used = []
     for seed in range(6):
         result, variables = ema_step(module, variables, latents, seed)
@@ -218,7 +223,7 @@ def test_dead_codes_start_again_on_latents_of_the_batch():
 
 def codes_used_without_restarts(latents):
     module = EMAQuantizer(SIZE, DIM, decay=0.5)
-    variables = module.init(jax.random.key(0), latents)
+    variables = tiny.initialized(module, latents)
     for _ in range(6):
         result, variables = ema_step(module, variables, latents)
     return len(np.unique(result.codes))
@@ -255,7 +260,7 @@ def test_codebook_can_start_at_the_centres_of_the_first_batch(kind):
     errors = {}
     for start in (False, True):
         module = make_quantizer(kind, SIZE, DIM, False, start, 0.99, 0.0)
-        result = module.apply(module.init(jax.random.key(0), latents), latents)
+        result = module.apply(tiny.initialized(module, latents), latents)
         errors[start] = np.mean(np.square(result.vectors - latents))
         used = len(np.unique(result.codes))
     assert errors[True] < 1 < 50 < errors[False] and used == SIZE
@@ -268,7 +273,7 @@ def test_codebook_can_start_at_the_centres_of_the_first_batch(kind):
 def gumbel():
     module = GumbelQuantizer(SIZE, DIM)
     latents = normal(2, 3, 3, 6)
-    return module, module.init(jax.random.key(0), latents), latents
+    return module, tiny.initialized(module, latents), latents
 
 
 def test_evaluation_takes_the_most_probable_code(gumbel):
@@ -285,7 +290,7 @@ def test_training_draws_codes_by_their_probability():
     """The Gumbel-max trick: argmax(logits + noise) has the distribution softmax(logits)."""
     module = GumbelQuantizer(5, 2)
     latents = np.zeros((1, 100, 100, 1), np.float32)
-    variables = module.init(jax.random.key(0), latents)
+    variables = tiny.initialized(module, latents)
     logits = np.array([0.0, 1.0, 2.0, -1.0, 0.5], np.float32)
     variables["params"]["projection"]["bias"] = jnp.asarray(logits)
     result = module.apply(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny
 from vqgan_jax.losses.quantization import vector_quantization
 from vqgan_jax.models.quantizers import make_quantizer
 from vqgan_jax.models.quantizers.quantized import rotation
@@ -39,7 +40,7 @@ def run(module, latents, seed=0):
 
 
 def lookup(module, variables, codes):
-    return module.apply(variables, codes, method="lookup")
+    return tiny.run(module, variables, codes, method="lookup")
 
 
 KINDS = {

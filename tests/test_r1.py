@@ -4,6 +4,7 @@ In float64, where a difference of rounding cannot decide on which side of a kink
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def patch(norm):
 
 def initialized(model, images):
     """Variables in float64 whose biases are not zero."""
-    variables = model.init(jax.random.key(0), images, train=True)
+    variables = tiny.initialized(model, images, train=True)
     # Some are float32 even so, in which a small step would be lost.
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), variables["params"])
     flat, unflatten = ravel_pytree(wide)
@@ -101,7 +102,8 @@ def test_r1_of_a_linear_discriminator_at_any_batch_size():
         return jnp.broadcast_to(logits[:, None, None, None], (len(images), 2, 2, 1))
 
     for count in (1, 2, 5):
-        found = adversarial.r1(judge, jnp.asarray(tiny.random_images(count, SIDE, SIDE, 3)))
+        images = jnp.asarray(tiny.random_images(count, SIDE, SIDE, 3))
+        found = jax.jit(functools.partial(adversarial.r1, judge))(images)
         np.testing.assert_allclose(found, np.sum(weight.astype(np.float64) ** 2), rtol=1e-5)
 
 

@@ -31,8 +31,8 @@ def small(**fields):
 
 def initialized(model, images):
     """Variables whose biases are not zero either."""
-    variables = jax.jit(model.init)(jax.random.key(0), images)
-    return jax.tree.map(lambda x: x + 0.1 * normal(*x.shape, seed=5), variables)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    return jax.tree.map(lambda x: (1.0 if x.ndim > 1 else 0.1) * normal(*x.shape, seed=5), shapes)
 
 
 # ---- Blur.
@@ -49,7 +49,8 @@ def test_blur_is_a_convolution_with_the_binomial_filter(size, stride, padding):
         for image in padded
     ]
     expected = np.moveaxis(np.array(expected), 1, -1)[:, ::stride, ::stride]
-    np.testing.assert_allclose(blur(x, padding, stride), expected, rtol=1e-5, atol=1e-6)
+    found = jax.jit(blur, static_argnums=(1, 2))(x, padding, stride)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
@@ -58,7 +59,7 @@ def test_downsampling_convolution_is_blur_then_stride_two(kernel_size):
     x = normal(2, 8, 6, 3)
     layer = EqualizedConv(4, kernel_size, downsample=True)
     variables = initialized(layer, x)
-    found = layer.apply(variables, x)
+    found = jax.jit(layer.apply)(variables, x)
     kernel = np.asarray(variables["params"]["kernel"]) / np.sqrt(kernel_size**2 * 3)
     room = 1 + kernel_size // 2
     padded = np.pad(x, ((0, 0), (room,) * 2, (room,) * 2, (0, 0)))
@@ -74,13 +75,12 @@ def test_downsampling_convolution_is_blur_then_stride_two(kernel_size):
 
 def test_constant_maps_keep_their_value_and_shifts_of_two_are_shifts_of_one():
     constant = np.full((1, 8, 8, 1), 3.0, np.float32)
-    np.testing.assert_allclose(blur(constant, 1, 2)[:, 1:-1, 1:-1], 3.0, rtol=1e-6)
+    halved = jax.jit(lambda x: blur(x, 1, 2))
+    np.testing.assert_allclose(np.asarray(halved(constant))[:, 1:-1, 1:-1], 3.0, rtol=1e-6)
     x = np.zeros((1, 16, 16, 2), np.float32)
     x[:, 4:10, 4:10] = normal(1, 6, 6, 2)
     shifted = np.roll(x, (2, 2), axis=(1, 2))
-    np.testing.assert_allclose(
-        blur(shifted, 1, 2), np.roll(blur(x, 1, 2), (1, 1), axis=(1, 2)), atol=1e-6
-    )
+    np.testing.assert_allclose(halved(shifted), np.roll(halved(x), (1, 1), axis=(1, 2)), atol=1e-6)
 
 
 # ---- Deviation over the batch.
@@ -100,23 +100,22 @@ def deviations(x, group_size):
 @pytest.mark.parametrize("group_size", [2, 4])
 def test_deviation_of_groups_at_any_batch_size(batch, group_size):
     x = normal(batch, 3, 2, 5)
-    found = minibatch_deviation(jnp.asarray(x), group_size)
+    found = jax.jit(minibatch_deviation, static_argnums=1)(x, group_size)
     assert found.shape == (batch, 1, 1, 1)
     np.testing.assert_allclose(found.ravel(), deviations(x, group_size), rtol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_groups_of_micro_batches_are_those_of_the_batch(count):
-    x = jnp.asarray(normal(16, 2, 2, 3))
-    whole = np.asarray(minibatch_deviation(x, 4)).ravel()
+    x = normal(16, 2, 2, 3)
+    deviation = jax.jit(lambda x: minibatch_deviation(x, 4).ravel())
+    whole = np.asarray(deviation(x))
     for j in range(count):
-        np.testing.assert_allclose(
-            minibatch_deviation(x[j::count], 4).ravel(), whole[j::count], rtol=1e-6
-        )
+        np.testing.assert_allclose(deviation(x[j::count]), whole[j::count], rtol=1e-6)
 
 
 def test_deviation_of_equal_images_has_a_gradient():
-    gradient = jax.grad(lambda x: minibatch_deviation(x, 4).sum())(jnp.ones((4, 2, 2, 1)))
+    gradient = jax.jit(jax.grad(lambda x: minibatch_deviation(x, 4).sum()))(jnp.ones((4, 2, 2, 1)))
     np.testing.assert_array_equal(gradient, 0.0)
 
 
@@ -145,7 +144,7 @@ def test_eight_devices_have_the_groups_of_one(batch):
 )
 def test_kernels_are_standard_normal_and_scaled_at_run_time(layer, shape, fan_in):
     x = normal(*shape, seed=1)
-    variables = layer.init(jax.random.key(0), x)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
     kernel = np.asarray(variables["params"]["kernel"])
     assert kernel.std() == pytest.approx(1.0, rel=0.05)
     assert abs(kernel.mean()) < 0.05
@@ -157,13 +156,14 @@ def test_kernels_are_standard_normal_and_scaled_at_run_time(layer, shape, fan_in
         padded = np.pad(x, ((0, 0), (half,) * 2, (half,) * 2, (0, 0)))
         windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape[:2], axis=(1, 2))
         expected = np.einsum("bhwirc,rcio->bhwo", windows, kernel)
-    np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-4, atol=1e-5)
+    found = jax.jit(layer.apply)(variables, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_activation():
     x = normal(1000)
     expected = np.sqrt(2) * np.where(x > 0, x, 0.2 * x)
-    np.testing.assert_allclose(activate(x), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(activate)(x), expected, rtol=1e-6)
 
 
 # ---- The network.

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import programs
+import tiny
 from vqgan_jax import convert
 from vqgan_jax.configuration import ConfigError, from_json, to_json, tokenizer_config
 from vqgan_jax.interop import taming
@@ -340,7 +341,7 @@ def test_the_command_there_and_back(tmp_path, capsys, state_dict):
     config, variables, discriminator = read_variables(export)
     assert discriminator is not None
     images = nhwc(np.load(GOLDENS / "taming_vqgan.npz")["x"][0])
-    codes = vqgan(config).apply(variables, images, method="encode")
+    codes = tiny.run(vqgan(config), variables, images, method="encode")
     np.testing.assert_array_equal(codes, np.load(GOLDENS / "taming_vqgan.npz")["fwd/indices"])
 
     convert.convert_back(export, back)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import tiny
 from vqgan_jax.models.operations import attend
 from vqgan_jax.models.positions import rotary_angles, rotate
 from vqgan_jax.models.transformer import Transformer
@@ -43,15 +44,14 @@ def inputs(batch=2, num_conditions=1, seed=0):
 
 def random_params(transformer, conditions, codes):
     """Parameters that are not small, so that every part has a say."""
-    params = jax.jit(transformer.init)(jax.random.key(0), conditions, codes)["params"]
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return structure.unflatten(
-        [
-            leaf + 0.2 * jax.random.normal(key, leaf.shape)
-            for leaf, key in zip(leaves, keys, strict=True)
-        ]
-    )
+    shapes = jax.eval_shape(transformer.init, jax.random.key(0), conditions, codes)["params"]
+    random = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        values = 0.2 * random.standard_normal(leaf.shape) + (path[-1].key == "scale")
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_cached_decoding_is_the_full_forward_pass(form, num_conditions, order, g
     if guided:
         conditions = np.concatenate([conditions, np.full_like(conditions, 5)])
         codes = np.concatenate([codes, codes])
-    full = transformer.apply({"params": params}, conditions, codes)
+    full = tiny.run(transformer, {"params": params}, conditions, codes)
     cached = jax.jit(functools.partial(step_logits, transformer))(params, conditions, codes)
     if guided:
         full, cached = guide(full, 3.0), guide(cached, 3.0)
@@ -126,7 +126,7 @@ def test_cached_decoding_on_eight_devices():
     transformer = tiny_transformer(**MODERN)
     conditions, codes = inputs(batch=8)
     params = random_params(transformer, conditions, codes)
-    full = transformer.apply({"params": params}, conditions, codes)
+    full = tiny.run(transformer, {"params": params}, conditions, codes)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -150,7 +150,7 @@ def test_the_first_tokens_may_see_each_other():
         params = random_params(transformer, conditions, codes)
         keys = []
         for tokens in (conditions, changed):
-            _, (key, _) = transformer.apply({"params": params}, tokens, method="prefill")
+            _, (key, _) = tiny.run(transformer, {"params": params}, tokens, method="prefill")
             keys.append(key[1, :, :, 0])  # the second layer's, of the first token
         assert np.allclose(*keys, atol=1e-6) == (unmasked == 0)
 
@@ -159,7 +159,7 @@ def test_grouped_queries_are_repeated_keys():
     random = np.random.default_rng(0)
     query = jnp.asarray(random.standard_normal((2, 6, 4, 8)), jnp.float32)
     key, value = (jnp.asarray(random.standard_normal((2, 6, 2, 8)), jnp.float32) for _ in "kv")
-    ours = attend(query, key, value)
+    ours = jax.jit(lambda *x: attend(*x))(query, key, value)
     keys, values = (np.repeat(np.asarray(x, np.float64), 2, axis=2) for x in (key, value))
     logits = np.einsum("bqnh,bknh->bnqk", np.asarray(query, np.float64), keys) / np.sqrt(8)
     logits = np.where(np.tril(np.ones((6, 6), bool)), logits, -np.inf)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny
 from vqgan_jax.configuration import ConfigError, transformer_config, validate
 from vqgan_jax.models.orders import permutation
 from vqgan_jax.models.transformer import Transformer
@@ -125,18 +126,21 @@ def inputs(seed=0):
 
 def random_params(transformer):
     """Large enough that every part has a say."""
-    params = jax.jit(transformer.init)(jax.random.key(0), *inputs())["params"]
-    leaves, structure = jax.tree.flatten(params)
+    shapes = jax.eval_shape(transformer.init, jax.random.key(0), *inputs())["params"]
     random = np.random.default_rng(1)
-    noise = [random.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    return structure.unflatten([a + 0.3 * b for a, b in zip(leaves, noise, strict=True)])
+
+    def draw(path, leaf):
+        values = 0.3 * random.standard_normal(leaf.shape) + (path[-1].key == "scale")
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.mark.parametrize("order", ["row_major", "random"])
 def test_a_code_has_the_position_of_its_row_and_column(order):
     transformer = tiny_transformer(order=order)
     params, (conditions, codes) = random_params(transformer), inputs()
-    found = transformer.apply({"params": params}, conditions, codes, method="embed_sequence")
+    found = tiny.run(transformer, {"params": params}, conditions, codes, method="embed_sequence")
 
     table = {name: np.asarray(leaf) for name, leaf in params["grid_positions"].items()}
     forward = np.arange(15) if order == "row_major" else permutation(order, *GRID).forward
@@ -156,12 +160,13 @@ def test_a_code_has_the_position_of_its_row_and_column(order):
 def test_cached_decoding_is_the_full_forward_pass(order):
     transformer = tiny_transformer(order=order)
     params, (conditions, codes) = random_params(transformer), inputs()
-    full = transformer.apply({"params": params}, conditions, codes)
+    apply = jax.jit(transformer.apply)
+    full = apply({"params": params}, conditions, codes)
     cached = jax.jit(functools.partial(step_logits, transformer))(params, conditions, codes)
     np.testing.assert_allclose(cached, full, rtol=1e-5, atol=1e-5 * float(np.abs(full).max()))
     moved = dict(params["grid_positions"])
     moved["columns"] = moved["columns"].at[3].add(jnp.linspace(-1.0, 1.0, 16))
-    other = transformer.apply({"params": params | {"grid_positions": moved}}, conditions, codes)
+    other = apply({"params": params | {"grid_positions": moved}}, conditions, codes)
     places = np.arange(15) if order == "row_major" else permutation(order, *GRID).forward
     first = int(np.flatnonzero(np.asarray(places) % GRID[1] == 3)[0])
     changed = np.abs(other - full).max(axis=(0, 2))[np.asarray(places)] > 1e-4
@@ -178,7 +183,7 @@ def test_gradients_of_positions_are_sums_over_rows_and_columns():
         tokens = transformer.apply({"params": own}, conditions, codes, method="embed_sequence")
         return jnp.sum(tokens * weights)
 
-    gradients = jax.grad(total)(params["grid_positions"])
+    gradients = jax.jit(jax.grad(total))(params["grid_positions"])
     by_place = np.zeros((15, 16))
     by_place[:14] = weights[:, 2:].sum(axis=0)
     by_place = by_place.reshape(*GRID, 16)

@@ -1,11 +1,14 @@
 """Small tokenizers and stand-in perceptual weights for tests."""
 
+import functools
 import hashlib
+import math
 import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.cluster.vq
 
 from vqgan_jax.configuration import tokenizer_config
 from vqgan_jax.models.lpips import ALEXNET_LAYERS, HEAD_WIDTHS, VGG16_WIDTHS
@@ -36,10 +39,55 @@ def random_images(*shape, seed=0):
     return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
 
 
-def initial_variables(config):
-    """The tokenizer's variables before the first step."""
-    images = jnp.asarray(random_images(1, 16, 16, config.model.in_channels))
-    return jax.jit(make_vqgan(config.model).init)(jax.random.key(0), images)
+def run(module, variables, *inputs, **options):
+    """`module.apply`, compiled as one program, in which `options` are constants."""
+    return jax.jit(functools.partial(module.apply, **options))(variables, *inputs)
+
+
+def initialized(module, *inputs, seed=0, **options):
+    """`module.init`, compiled as one program."""
+    return jax.jit(functools.partial(module.init, **options))(jax.random.key(seed), *inputs)
+
+
+def drawn(module, *inputs, seed=0):
+    """Variables like those of `init`, by NumPy: compiling `init` of a network takes long."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    random = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        values, name = random.uniform(-1, 1, leaf.shape), path[-1].key
+        if name == "kernel":
+            values /= math.sqrt(math.prod(leaf.shape[:-1]))
+        elif name == "codebook":
+            values /= len(values)
+        elif name == "scale":
+            values = np.ones(leaf.shape)
+        else:
+            values *= 0.05
+        return jnp.asarray(values, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def initial_variables(config, seed=0):
+    """Variables of an untrained tokenizer, whose quantizer is initialised by its own code."""
+    module = make_vqgan(config.model)
+    images = jax.ShapeDtypeStruct((1, 16, 16, config.model.in_channels), jnp.float32)
+    if config.model.quantizer.kind != "nearest":
+        return initialized(module, jnp.asarray(random_images(*images.shape)), seed=seed)
+    return drawn(module, images, seed=seed)
+
+
+def variables_with_centres(config, images, seed=0):
+    """The same with the k-means centres of the images' latents as codebook."""
+    module = make_vqgan(config.model)
+    variables = drawn(module, images, seed=seed)
+    latents = np.asarray(run(module, variables, images, method="latents"))
+    points = latents.reshape(-1, latents.shape[-1])
+    size = config.model.quantizer.codebook_size
+    centres, _ = scipy.cluster.vq.kmeans2(points, size, minit="++", seed=seed)
+    variables["params"]["quantize"]["codebook"] = jnp.asarray(centres, jnp.float32)
+    return variables
 
 
 def leaves(tree):

@@ -11,7 +11,6 @@ from PIL import Image
 import tiny
 from vqgan_jax.tokenize import tokenize
 from vqgan_jax.training.checkpoints import write_export
-from vqgan_jax.training.game import make_vqgan
 from vqgan_jax.training.loop import train
 
 CONFIG = pathlib.Path(__file__).with_name("tiny_transformer_config.py")
@@ -49,7 +48,7 @@ def export_tokenizer(directory, images, seed):
     """An untrained tokenizer, but with the k-means centres of its latents as codebook."""
     config = tiny.config_of_tiny_model(codebook_size=CODEBOOK, kmeans_init=True)
     config.model.resolution, config.model.channel_multipliers = SIDE, (1, 1, 1)
-    variables = jax.jit(make_vqgan(config.model).init)(jax.random.key(seed), images)
+    variables = tiny.variables_with_centres(config, images, seed)
     write_export(directory, config, variables)
 
 
