@@ -60,6 +60,11 @@ def test_config_file_validates(path, argument):
 )
 def test_config_file_builds(path, argument):
     config = module_of(path).get_config(argument)
+    values = config.to_dict() | {"data": config.data.to_dict() | {"name": ""}}
+    built = json.dumps(values, sort_keys=True, default=str)
+    if built in _BUILT:  # those that differ by where images are alone
+        return
+    _BUILT.add(built)
     if config.stage == "tokenizer":
         assert_tokenizer_builds(config)
     else:
@@ -95,6 +100,9 @@ def assert_tokenizer_builds(config):
     codes_side = side // downsampling_factor(config.model)
     assert reconstructions.shape == (*shape[:3], config.model.out_channels)
     assert quantized.codes.shape[:3] == (shape[0], codes_side, codes_side)
+
+
+_BUILT = set()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -43,9 +43,9 @@ def make_config(images="", kind="ema", **decoder):
 def base(tmp_path_factory):
     """A directory with images and an untrained tokenizer, `tokenizer`."""
     directory = tmp_path_factory.mktemp("base")
-    images = small.write_images(directory / "images")
+    small.write_images(directory / "images")
     config = make_config(directory / "images")
-    variables = jax.jit(make_vqgan(config.model).init)(jax.random.key(7), images[:4])
+    variables = tiny.initial_variables(config, seed=7)
     # Zeros of both signs have the same value, and are not the same bytes.
     kernel = variables["params"]["encoder"]["embedding"]["kernel"].at[0].set(-0.0)
     variables["params"]["encoder"]["embedding"]["kernel"] = kernel
@@ -108,7 +108,7 @@ def test_a_decoder_learns_as_without_frozen_parts(base, tmp_path, kind):
     """Of the same size, in one step: its gradient is the same, and all else stands still."""
     config = make_config(base / "images", kind)
     images = tiny.random_images(4, 16, 16, 3)
-    variables = jax.jit(make_vqgan(config.model).init)(jax.random.key(7), images)
+    variables = tiny.initial_variables(config, seed=7)
     write_export(tmp_path / "tokenizer", config, variables)
     states = {}
     for freeze in ((), ("quantizer",), ("encoder", "quantizer")):

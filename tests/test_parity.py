@@ -45,11 +45,16 @@ def test_replay_fails_where_a_number_is_wrong(tmp_path):
 
 
 @pytest.mark.slow
-def test_forward_and_first_step_hold_in_float32():
+def test_forward_and_first_step_hold_in_float32(tmp_path):
     """Before an update of Adam has amplified rounding, training's own precision is enough."""
+    with np.load(parity.GOLDENS / "taming_vqgan.npz") as file:
+        golden = {key: file[key] for key in file.files if not key.startswith(("final", "step"))}
+        first = {key: file[key] for key in file.files if key.startswith("step0/g/")}
+    golden["x"] = golden["x"][:1]
+    np.savez(tmp_path / "first.npz", **golden, **first)
     early = [
         comparison
-        for comparison in parity.replay(parity.GOLDENS / "taming_vqgan.npz")
+        for comparison in parity.replay(tmp_path / "first.npz")
         if comparison.key.startswith(("fwd/", "step0/g/"))
     ]
     assert len(early) > 150

@@ -40,7 +40,7 @@ def test_rules_of_the_transformer():
 
 
 def test_rules_of_the_tokenizer():
-    found = specs(small_tokenizer(fsdp=4, tensor=2, data=-1))
+    found = specs(small_tokenizer(blocks=1, fsdp=4, tensor=2, data=-1))
     block = "generator/params/encoder/down_1/block_0"
     assert found[f"{block}/conv1/kernel"] == PartitionSpec(None, None, "fsdp", "tensor")
     assert found[f"{block}/conv2/kernel"] == PartitionSpec(None, None, "tensor", "fsdp")

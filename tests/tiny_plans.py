@@ -13,11 +13,11 @@ def small_transformer(layers=2, batch_size=64, **mesh):
     return config
 
 
-def small_tokenizer(batch_size=32, resolution=32, **mesh):
+def small_tokenizer(batch_size=32, resolution=32, blocks=0, **mesh):
     """Convolutional, with both players and no LPIPS."""
     config = tokenizer_config()
     config.model.update(resolution=resolution, channels=32, channel_multipliers=(1, 2))
-    config.model.update(num_res_blocks=1, attention_resolutions=(), latent_channels=32)
+    config.model.update(num_res_blocks=blocks, attention_resolutions=(), latent_channels=32)
     config.model.update(dtype="bfloat16")
     config.model.quantizer.update(codebook_size=64, code_dim=16)
     config.loss.perceptual = 0.0
