@@ -23,6 +23,7 @@ COUNT = ("num_processes", "JAX_NUM_PROCESSES")
 INDEX = ("process_id", "JAX_PROCESS_ID")
 JOIN_TIMEOUT = ("join_timeout", "VQGAN_JAX_JOIN_TIMEOUT")
 DEFAULT_TIMEOUT = 300.0
+_ADDRESS_OF_OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"  # where the first process is
 NO_TIMEOUT = 7 * 24 * 3600.0  # for work of unequal length: a process that dies is noticed anyway
 
 flags.disclaim_key_flags()  # a command's --help shows those of `define_flags` as its own
@@ -168,15 +169,21 @@ def _cluster(environment: Mapping[str, str]):
     Asks nobody over the network where a process is alone: of Kubernetes, only jobs whose processes
     have an index count.
     """
-    from jax._src.clusters import ClusterEnv, K8sCluster
+    from jax._src.clusters import ClusterEnv, K8sCluster, OmpiCluster
 
     for cluster in ClusterEnv._cluster_types:  # as JAX itself goes through them
         if cluster.opt_in_only_method:
             continue
+        if (
+            cluster is OmpiCluster
+            and _ADDRESS_OF_OPEN_MPI_4 not in environment
+            and not _is_installed("mpi4py")
+        ):
+            continue  # later versions tell count and index alone
         if cluster is K8sCluster:
             if "JOB_COMPLETION_INDEX" not in environment:
                 continue
-            if importlib.util.find_spec("kubernetes") is None:
+            if not _is_installed("kubernetes"):
                 raise ConfigError(
                     "This process is one of a Kubernetes job, and the package kubernetes, which "
                     "finds the others, is not installed: run `pip install kubernetes`, or give "
@@ -186,6 +193,10 @@ def _cluster(environment: Mapping[str, str]):
         if cluster.is_env_present():
             return cluster
     return None
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _local_devices(cluster) -> tuple[int, ...] | None:
