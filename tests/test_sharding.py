@@ -91,7 +91,9 @@ def programs_of(config):
 def test_bytes_on_a_device_fall_as_the_mesh_says(stage):
     """By the compiled program's own account of its arguments."""
     found = {}
-    for mesh in MESHES:
+    # A convolutional network takes ten times as long to compile, and its rules are the same.
+    meshes = MESHES[:2] if stage is small_tokenizer else MESHES
+    for mesh in meshes:
         config = stage(**mesh)
         name, planned = next(iter(programs_of(config).items()))
         arguments = planned.lower().compile().memory_analysis().argument_size_in_bytes
@@ -100,8 +102,8 @@ def test_bytes_on_a_device_fall_as_the_mesh_says(stage):
         found[tuple(mesh.items())] = (arguments - planned.bytes_held["batch"], state)
     whole = found[tuple(MESHES[0].items())][0]
     assert found[tuple(MESHES[1].items())][0] < whole / 6  # what is whole are biases and codebook
-    assert found[tuple(MESHES[2].items())][0] < whole / 2
-    assert found[tuple(MESHES[3].items())][0] < whole / 2
+    for mesh in meshes[2:]:
+        assert found[tuple(mesh.items())][0] < whole / 2
 
 
 def largest_array(state):

@@ -41,14 +41,6 @@ def assert_close_statistics(workdir, reference, step):
 
 
 @pytest.mark.slow
-def test_eight_devices_with_batch_norm(float64, reference_run_in_float64, tmp_path):
-    """The whole run of the reference, with its evaluations of 11 images in batches of 8."""
-    train(get_config("float64"), tmp_path, jax.devices())
-    runs.assert_close_metrics(tmp_path, reference_run_in_float64)
-    assert len(assert_close_statistics(tmp_path, reference_run_in_float64, LAST)) == 2
-
-
-@pytest.mark.slow
 @pytest.mark.xdist_group("processes")  # as in `test_hosts`
 def test_two_processes_stop_together_and_go_on(reference_run_in_float64, tmp_path):
     """Of four devices each; one of them is told to stop, and both do, at the same step."""
@@ -80,6 +72,7 @@ def test_split_parameters(float64, reference_run_in_float64, tmp_path, capsys):
     train(config, workdir, jax.devices())
     assert "Going on from step 4 " in capsys.readouterr().out
     runs.assert_close_metrics(workdir, reference_run_in_float64)
+    assert len(assert_close_statistics(workdir, reference_run_in_float64, LAST)) == 2
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         path = workdir / "checkpoints" / str(LAST) / "state"
         stored = checkpointer.metadata(path).item_metadata.tree

@@ -42,11 +42,14 @@ def test_killed_at_a_random_moment(reference_run, tmp_path):
 
 @pytest.mark.slow
 def test_stopped_by_a_signal(reference_run, tmp_path):
-    workdir = tmp_path / "run"
-    process = runs.start(workdir)
-    runs.wait_for_step(process, workdir, 4)
-    process.send_signal(signal.SIGTERM)
-    code, _, errors = runs.finish(process)
+    for attempt in range(5):
+        workdir = tmp_path / str(attempt)
+        process = runs.start(workdir)
+        runs.wait_for_step(process, workdir, 4)
+        process.send_signal(signal.SIGTERM)
+        code, _, errors = runs.finish(process)
+        if code != 0:  # where it is, the last steps were done before the signal came
+            break
     assert code == 75, errors
     stopped = runs.steps(workdir)[-1]
     assert stopped < LAST
