@@ -83,7 +83,8 @@ class FolderListing:
         classes = "1 class" if count == 1 else f"{count or 'no'} classes"
         left_out = [f"{folder}/" for folder in self.ignored_folders]
         left_out += [
-            f"{count} files ({suffix or 'no suffix'})" for suffix, count in self.left_out.items()
+            f"{count} {'file' if count == 1 else 'files'} ({suffix or 'no suffix'})"
+            for suffix, count in self.left_out.items()
         ]
         behind = f"; left out: {', '.join(left_out)}" if left_out else ""
         return f"{name}: {', '.join(parts)}, {classes}{behind}"
