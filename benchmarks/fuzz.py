@@ -49,8 +49,9 @@ from vqgan_jax.errors import DataError
 from vqgan_jax.inference import load
 from vqgan_jax.interop.taming_options import ConversionError
 from vqgan_jax.interop.taming_yaml import config_from_yaml
-from vqgan_jax.interop.torch_file import read_checkpoint, write_checkpoint
+from vqgan_jax.interop.torch_file import read_checkpoint
 from vqgan_jax.interop.torch_pickle import CheckpointFileError
+from vqgan_jax.interop.torch_writer import write_checkpoint
 from vqgan_jax.training.checkpoints import CheckpointError, write_export
 from vqgan_jax.training.game import make_vqgan
 

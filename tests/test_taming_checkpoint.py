@@ -17,7 +17,8 @@ from vqgan_jax.configuration import ConfigError, from_json, to_json, tokenizer_c
 from vqgan_jax.interop import taming
 from vqgan_jax.interop.taming_options import ConversionError
 from vqgan_jax.interop.taming_yaml import config_from_yaml, yaml_from_config
-from vqgan_jax.interop.torch_file import read_checkpoint, write_checkpoint
+from vqgan_jax.interop.torch_file import read_checkpoint
+from vqgan_jax.interop.torch_writer import write_checkpoint
 from vqgan_jax.models.discriminator import PatchDiscriminator
 from vqgan_jax.models.vqgan import VQGAN
 from vqgan_jax.training.checkpoints import read_variables

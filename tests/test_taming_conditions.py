@@ -22,7 +22,8 @@ from vqgan_jax.interop import taming
 from vqgan_jax.interop.taming_options import ConversionError
 from vqgan_jax.interop.taming_transformer_yaml import transformer_from_yaml
 from vqgan_jax.interop.taming_yaml import yaml_from_config
-from vqgan_jax.interop.torch_file import read_checkpoint, write_checkpoint
+from vqgan_jax.interop.torch_file import read_checkpoint
+from vqgan_jax.interop.torch_writer import write_checkpoint
 
 SIDE = 4  # codes of 2 x 2 pixels; with as many in front, the golden's 40 positions are enough
 COORDINATES = {"target": "taming.modules.misc.coord.CoordStage"}

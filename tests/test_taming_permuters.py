@@ -16,7 +16,8 @@ from vqgan_jax.interop.taming_transformer import (
     transformer_state_dict_of,
 )
 from vqgan_jax.interop.taming_transformer_yaml import transformer_from_yaml
-from vqgan_jax.interop.torch_file import read_checkpoint, write_checkpoint
+from vqgan_jax.interop.torch_file import read_checkpoint
+from vqgan_jax.interop.torch_writer import write_checkpoint
 
 SIDE = 4
 CLASSES = {

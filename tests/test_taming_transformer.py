@@ -23,7 +23,8 @@ from vqgan_jax.interop.taming_transformer import (
 )
 from vqgan_jax.interop.taming_transformer_yaml import transformer_from_yaml
 from vqgan_jax.interop.taming_yaml import yaml_from_config
-from vqgan_jax.interop.torch_file import read_checkpoint, write_checkpoint
+from vqgan_jax.interop.torch_file import read_checkpoint
+from vqgan_jax.interop.torch_writer import write_checkpoint
 from vqgan_jax.training.checkpoints import write_export
 from vqgan_jax.training.learner import make_transformer
 

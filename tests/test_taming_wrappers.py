@@ -17,8 +17,9 @@ from vqgan_jax.interop import taming
 from vqgan_jax.interop.taming_options import ConversionError, read_yaml
 from vqgan_jax.interop.taming_transformer_yaml import transformer_from_yaml
 from vqgan_jax.interop.taming_yaml import config_from_yaml
-from vqgan_jax.interop.torch_file import read_checkpoint, write_checkpoint
+from vqgan_jax.interop.torch_file import read_checkpoint
 from vqgan_jax.interop.torch_pickle import CheckpointFileError
+from vqgan_jax.interop.torch_writer import write_checkpoint
 from vqgan_jax.interop.wrappers import unwrap
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

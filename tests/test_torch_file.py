@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vqgan_jax.interop.torch_file import read_checkpoint, write_checkpoint
+from vqgan_jax.interop.torch_file import read_checkpoint
 from vqgan_jax.interop.torch_pickle import CheckpointFileError, Unknown
+from vqgan_jax.interop.torch_writer import write_checkpoint
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 BASE = np.arange(12, dtype=np.float32).reshape(3, 4)

@@ -14,8 +14,9 @@ from vqgan_jax.interop import taming
 from vqgan_jax.interop.pickle_limits import MOST_STEPS, Budget, Memo
 from vqgan_jax.interop.taming_options import ConversionError, read_yaml
 from vqgan_jax.interop.taming_transformer import ROOTS as TRANSFORMER_ROOTS
-from vqgan_jax.interop.torch_file import has_checksums, read_checkpoint, write_checkpoint
+from vqgan_jax.interop.torch_file import has_checksums, read_checkpoint
 from vqgan_jax.interop.torch_pickle import Unpickler
+from vqgan_jax.interop.torch_writer import write_checkpoint
 from vqgan_jax.interop.wrappers import unwrap
 
 START = b"\x80\x02"

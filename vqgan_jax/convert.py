@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from vqgan_jax import commands
 from vqgan_jax.configuration import downsampling_factor
-from vqgan_jax.interop import taming, torch_file
+from vqgan_jax.interop import taming, torch_file, torch_writer
 from vqgan_jax.interop.taming_options import ConversionError, read_yaml
 from vqgan_jax.interop.taming_transformer import ROOTS as TRANSFORMER_ROOTS
 from vqgan_jax.interop.taming_transformer import (
@@ -200,7 +200,7 @@ def _convert_transformer_back(
 
 def _write(state_dict: Mapping, description: Mapping, output: Path, description_file: Path) -> None:
     text = yaml.safe_dump(description, sort_keys=False)
-    torch_file.write_checkpoint(output, {"state_dict": state_dict})
+    torch_writer.write_checkpoint(output, {"state_dict": state_dict})
     with description_file.open("x", encoding="utf-8") as file:
         file.write(text)
 
