@@ -191,5 +191,13 @@ def test_what_is_said_of_codes(directory, tmp_path):
     assert split["classes"] == {"a": 5, "b": 5} and split["count"] == 10 and not split["verified"]
     text = "\n".join(lines(report))
     assert "10 at 32 pixels, split train of folder:x, 2 classes" in text
+    origin = directory / "tokenizer_origin.json"
+    origin.write_text('{"checkpoint": "runs/x", "step": null}')
+    assert "made by     runs/x; a copy" in "\n".join(lines(describe_codes(directory)))
+    for damaged in ("[]", "{}", '{"checkpoint": 1}', '{"checkpoint": "x", "step": "a"}', "x"):
+        origin.write_text(damaged)
+        with pytest.raises(DataError, match="tokenizer_origin.json is damaged"):
+            describe_codes(directory)
+    origin.unlink()
     shutil.copytree(directory, tmp_path / "two" / "train")
     assert describe_codes(tmp_path / "two")["splits"].keys() == {"train"}

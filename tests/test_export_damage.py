@@ -12,6 +12,7 @@ import vqgan_jax
 from vqgan_jax.checkpoints.checksums import CHECKSUMS
 from vqgan_jax.checkpoints.damage import set_aside
 from vqgan_jax.describe import describe
+from vqgan_jax.training import model_report
 from vqgan_jax.training.checkpoints import CheckpointError, Checkpoints, write_export
 
 
@@ -125,3 +126,15 @@ def test_figures_of_a_checkpoint_that_cannot_be_read(tmp_path, damage):
     step, restored = checkpoints.restore(abstract)
     checkpoints.close()
     assert step == 2 and np.array_equal(restored["w"], state["w"])
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"psnr": "x"}', "x", ""])
+def test_an_evaluation_that_is_damaged_is_not_shown(tmp_path, content):
+    checkpoints = Checkpoints(tmp_path, tiny.config_of_tiny_model())
+    state = {"generator": {"params": {"w": np.zeros(2)}}}
+    checkpoints.save(1, state, {"lpips": 1.0})
+    checkpoints.close()
+    (tmp_path / "evaluation.json").write_text(content)
+    report = describe(str(tmp_path))
+    assert report["evaluation"] is None and report["steps"] == [1]
+    assert not any(line.startswith("  evaluation") for line in model_report.lines(report))

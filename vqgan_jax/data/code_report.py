@@ -34,6 +34,14 @@ def verify(directory: str) -> None:
         raise DataError("\n".join(failures))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """What `tokenize` notes of the tokenizer that it copied beside its codes."""
+
+    checkpoint: str
+    step: int | None = None
+
+
 def describe_codes(directory: pathlib.Path) -> dict[str, Any]:
     """What a directory of codes, or those below it, hold.
 
@@ -68,8 +76,10 @@ def describe_codes(directory: pathlib.Path) -> dict[str, Any]:
         }
         for folder in (path, path.parent):
             if (folder / ORIGIN).exists():
-                origin = parse_json(read_bytes(folder / ORIGIN), str(folder / ORIGIN))
-                report["tokenizer"] = {"copy": str(folder / "tokenizer")} | origin
+                found = parse_json(read_bytes(folder / ORIGIN), str(folder / ORIGIN))
+                origin = convert(found, _Origin, str(folder / ORIGIN))
+                report["tokenizer"] = {"copy": str(folder / "tokenizer")}
+                report["tokenizer"] |= dataclasses.asdict(origin)
     return report
 
 
@@ -97,7 +107,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         ]
     if "tokenizer" in report:
         origin = report["tokenizer"]
-        step = "" if origin.get("step") is None else f", step {origin['step']}"
+        step = "" if origin["step"] is None else f", step {origin['step']}"
         found.append(f"  made by     {origin['checkpoint']}{step}; a copy is {origin['copy']}")
     return found
 

@@ -1,24 +1,20 @@
 """What a run, a checkpoint or an export is, for people: its model, how far it is, how good."""
 
-import json
 import math
 import pathlib
 from typing import Any
 
-import orbax.checkpoint as ocp
-
 from vqgan_jax.checkpoints.checksums import CHECKSUMS
 from vqgan_jax.configuration import downsampling_factor
-from vqgan_jax.configuration.documents import read_bytes
 from vqgan_jax.training.checkpoints import (
     CHECKPOINTS,
     CONFIG_FILE,
     VARIABLES,
-    latest_step,
+    all_steps,
     read_config,
     read_shapes,
 )
-from vqgan_jax.training.run_files import EVALUATION_FILE
+from vqgan_jax.training.run_files import EVALUATION_FILE, read_figures
 
 
 def kind_of(path: pathlib.Path) -> str | None:
@@ -45,9 +41,8 @@ def describe_model(path: pathlib.Path) -> dict[str, Any]:
     report: dict[str, Any] = {"kind": kind, "path": str(path)}
     weights = path
     if kind == "run":
-        steps = sorted(ocp.utils.checkpoint_steps(path / CHECKPOINTS))
-        report["steps"] = steps
-        if latest_step(path) is None:
+        report["steps"] = steps = all_steps(path)
+        if not steps:
             return report
         weights = path / CHECKPOINTS / str(steps[-1])
     config = read_config(weights)
@@ -87,7 +82,7 @@ def _model(config) -> dict[str, Any]:
 
 def _evaluation(file: pathlib.Path) -> dict[str, float] | None:
     try:
-        return json.loads(read_bytes(file))
+        return read_figures(file)
     except (ValueError, RecursionError):  # there is none, or a damaged one
         return None
 

@@ -70,14 +70,19 @@ def with_stored_rules(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     return config
 
 
+def read_figures(file: pathlib.Path) -> dict[str, float]:
+    """The figures of an evaluation; raises `ValueError` or `RecursionError` for anything else."""
+    content = json.loads(documents.read_bytes(file))  # figures may be infinite
+    figures = documents.convert(content, dict[str, float])
+    if not figures:
+        raise ValueError("it has no figures")
+    return figures
+
+
 def stored_figures(file: pathlib.Path) -> dict[str, float] | None:
     """The figures of the newest evaluation; None where they cannot be read, and are set aside."""
     try:
-        content = json.loads(documents.read_bytes(file))  # figures may be infinite
-        figures = documents.convert(content, dict[str, float])
-        if not figures:
-            raise ValueError("it has no figures")
-        return figures
+        return read_figures(file)
     except (ValueError, RecursionError) as error:
         if jax.process_index() == 0:
             set_aside(file, documents.first_line(error), "the evaluation is made again")
