@@ -157,6 +157,19 @@ def test_what_is_there_stays_and_what_is_missing_is_made(models, sampled, tmp_pa
     assert runs.fingerprint(sampled).keys() == before.keys() | {"samples.npz"}
 
 
+@pytest.mark.parametrize("name", ["scores.json", "samples.npz"])
+def test_damaged_results_are_made_again(models, sampled, tmp_path, name):
+    output = tmp_path / "output"
+    shutil.copytree(sampled, output)
+    whole = (output / name).read_bytes()
+    for content in (b"", b"[]", b"{}", whole[: len(whole) // 2]):
+        (output / name).write_bytes(content)
+        draw(models, output)
+        with np.load(output / "samples.npz") as ours, np.load(sampled / "samples.npz") as theirs:
+            assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+        assert (output / "scores.json").read_bytes() == (sampled / "scores.json").read_bytes()
+
+
 @pytest.mark.slow
 def test_fewer_samples_leave_none_that_were_accepted_before(models, sampled, tmp_path):
     output = tmp_path / "output"

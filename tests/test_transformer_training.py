@@ -365,7 +365,7 @@ def test_overfitted_model_gives_back_what_it_has_seen(transformer_inputs, tmp_pa
     config.data.codes = str(transformer_inputs.directory / "codes_as_they_are")
     config.model.update(width=64, num_heads=4, **MODERN)
     config.optimizer.update(weight_decay=0.0, learning_rate=5e-3)
-    config.training.update(batch_size=64, num_steps=100, log_every=25)
+    config.training.update(batch_size=64, num_steps=150, log_every=25)
     config.training.update(evaluate_every=1000, checkpoint_every=1000)
     train(config, tmp_path, jax.devices()[:1])
     assert runs.metrics(tmp_path)[-2]["bits_per_code"] < 0.3

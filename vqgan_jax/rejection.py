@@ -9,8 +9,10 @@ Samples that are drawn are candidates; each has a number, and is drawn as the sa
 always is. Its PNG carries its score, so that both are on disk or neither is.
 """
 
+import dataclasses
 import importlib
 import json
+import logging
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from vqgan_jax.configuration.documents import convert, parse_json, read_bytes
 from vqgan_jax.errors import DataError
 from vqgan_jax.sample_files import leftovers, path_of, write_atomically
 
@@ -169,13 +172,36 @@ def stored_scores(paths: Sequence[pathlib.Path]) -> np.ndarray:
     return scores
 
 
+@dataclasses.dataclass
+class _Summary:
+    """What `scores.json` has."""
+
+    accepted: list[int]
+    candidates: list[int]
+    classes: list[int]
+    scores: list[float]
+
+
+def _read_summary(output: pathlib.Path) -> _Summary:
+    file = output / SCORES
+    summary = convert(parse_json(read_bytes(file), str(file)), _Summary, str(file))
+    known = set(summary.candidates)
+    if len(summary.scores) != len(summary.candidates) or not known.issuperset(summary.accepted):
+        raise DataError(f"{file} is damaged: its lists do not belong together.")
+    return summary
+
+
 def is_accepted(rejection: Rejection, output: pathlib.Path) -> bool:
     """Whether `accept` has left all samples in `output`."""
     if not (output / SCORES).exists():
         return False
-    summary = json.loads((output / SCORES).read_text())
-    paths = [path_of(output, index) for index in range(len(summary["accepted"]))]
-    same = summary["candidates"] == rejection.numbers.tolist()
+    try:
+        summary = _read_summary(output)
+    except DataError as error:
+        logging.warning("%s It is made again.", error)
+        return False
+    paths = [path_of(output, index) for index in range(len(summary.accepted))]
+    same = summary.candidates == rejection.numbers.tolist()
     return same and all(path.exists() for path in paths)
 
 
@@ -204,17 +230,17 @@ def accept(rejection: Rejection, output: pathlib.Path) -> dict[str, np.ndarray]:
         while (stale := path_of(output, index)).exists():
             stale.unlink()
             index += 1
-        summary = {
-            "accepted": rejection.numbers[chosen].tolist(),
-            "candidates": rejection.numbers.tolist(),
-            "classes": rejection.labels.tolist(),
-            "scores": scores.tolist(),
-        }
-        write_atomically(output / SCORES, (json.dumps(summary) + "\n").encode())
-    summary = json.loads((output / SCORES).read_text())
-    score_of = dict(zip(summary["candidates"], summary["scores"], strict=True))
-    accepted = summary["accepted"]
+        summary = _Summary(
+            accepted=rejection.numbers[chosen].tolist(),
+            candidates=rejection.numbers.tolist(),
+            classes=rejection.labels.tolist(),
+            scores=scores.tolist(),
+        )
+        content = json.dumps(dataclasses.asdict(summary)) + "\n"
+        write_atomically(output / SCORES, content.encode())
+    summary = _read_summary(output)
+    score_of = dict(zip(summary.candidates, summary.scores, strict=True))
     return {
-        "candidates": np.array(accepted),
-        "scores": np.array([score_of[number] for number in accepted]),
+        "candidates": np.array(summary.accepted),
+        "scores": np.array([score_of[number] for number in summary.accepted]),
     }

@@ -4,6 +4,7 @@ import math
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -41,13 +42,16 @@ def compare(output: pathlib.Path, settings: dict) -> None:
 
 
 def stored_samples(path: pathlib.Path) -> int:
-    """How many samples an archive of `finish` has, 0 where there is none, without reading them."""
+    """How many samples an archive of `finish` has, without reading them; 0 where none is whole."""
     if not path.exists():
         return 0
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as array:
-        np.lib.format.read_magic(array)
-        shape, _, _ = np.lib.format.read_array_header_1_0(array)
-    return shape[0]
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as array:
+            np.lib.format.read_magic(array)
+            shape, _, _ = np.lib.format.read_array_header_1_0(array)
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, NotImplementedError):
+        return 0
+    return shape[0] if shape else 0
 
 
 def finish(
