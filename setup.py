@@ -15,7 +15,10 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["vqgan_jax", "vqgan_jax.*"]),
+    # The configs are installed too, so that --config=NAME finds them from any folder.
+    packages=[*find_packages(include=["vqgan_jax", "vqgan_jax.*"]), "vqgan_jax.configs"],
+    package_dir={"vqgan_jax.configs": "configs"},
+    entry_points={"console_scripts": ["vqgan-jax=vqgan_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -33,7 +36,8 @@ setup(
         "pillow>=11.3",  # decodes images, AVIF since this version, and writes PNG
         "pyyaml>=6.0",  # reads the reference's model descriptions
         "scikit-image>=0.24",  # Canny edges, a condition that every data set has
-        "tqdm>=4.66",  # shows how far a listing of images is, on a terminal
+        "tqdm>=4.66",  # shows on a terminal how far something is
+        "filelock>=3.12",  # without it JAX cannot bound the size of its cache of programs
         "tensorboardX>=2.6.4",  # writes TensorBoard events without TensorFlow
     ],
     extras_require={

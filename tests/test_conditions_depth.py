@@ -18,8 +18,8 @@ from vqgan_jax.configuration import add_condition_image
 from vqgan_jax.data.codes import open_codes
 from vqgan_jax.data.images import prepare_images, to_grey
 from vqgan_jax.errors import DataError
-from vqgan_jax.sample import sample
-from vqgan_jax.tokenize import tokenize
+from vqgan_jax.inference.sample import sample
+from vqgan_jax.inference.tokenize import tokenize
 from vqgan_jax.training.checkpoints import write_export
 from vqgan_jax.training.game import make_vqgan
 

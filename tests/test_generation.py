@@ -20,8 +20,8 @@ from vqgan_jax.checkpoints.directory_lock import is_empty, locked
 from vqgan_jax.drawing import Drawing
 from vqgan_jax.errors import DataError
 from vqgan_jax.generation import Generator
-from vqgan_jax.reconstruct import reconstruct
-from vqgan_jax.sample import sample
+from vqgan_jax.inference.reconstruct import reconstruct
+from vqgan_jax.inference.sample import sample
 from vqgan_jax.sample_files import labelled_grid
 from vqgan_jax.training.checkpoints import CheckpointError, read_variables, write_export
 

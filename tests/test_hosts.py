@@ -141,7 +141,7 @@ def test_a_process_that_never_comes(run_inputs, tmp_path):
 JOIN = """
 import os, sys, time
 import jax
-from vqgan_jax import commands, distributed
+from vqgan_jax import command_line, distributed
 def main():
     distributed.join()
     index = jax.process_index()
@@ -188,7 +188,7 @@ for process in $all; do wait $process; echo $?; done
 def write_program(text, directory):
     """A program that joins and does what the text says, and the environment of two of it."""
     program = directory / "program.py"
-    program.write_text(f"{JOIN}{text}\nsys.argv = sys.argv[:1]\ncommands.run(main)\n")
+    program.write_text(f"{JOIN}{text}\nsys.argv = sys.argv[:1]\ncommand_line.run(main)\n")
     environment = os.environ | {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{runs.free_port()}",
         "JAX_NUM_PROCESSES": "2",

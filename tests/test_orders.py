@@ -16,8 +16,8 @@ from transformer_runs import assert_one_line, tiny_config
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.data.codes import open_codes
 from vqgan_jax.errors import DataError
+from vqgan_jax.inference.sample import sample
 from vqgan_jax.models.orders import ORDERS, permutation
-from vqgan_jax.sample import sample
 from vqgan_jax.sampling.decoding import sample_codes
 from vqgan_jax.sampling.filters import Filters
 from vqgan_jax.sampling.likelihood import log_likelihood

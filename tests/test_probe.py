@@ -11,11 +11,11 @@ from PIL import Image
 import small_generator as small
 import vqgan_jax
 from vqgan_jax.errors import DataError
-from vqgan_jax.probe import Data, Finetuning, grouped, probe
 from vqgan_jax.probing import linear
 from vqgan_jax.probing.chart import depth_chart
 from vqgan_jax.probing.classifiers import finetuned_features, load_classifier
 from vqgan_jax.probing.features import FeatureModel, no_condition
+from vqgan_jax.probing.probe import Data, Finetuning, grouped, probe
 
 
 @pytest.fixture(scope="module")

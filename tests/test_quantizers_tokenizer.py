@@ -25,12 +25,12 @@ from vqgan_jax.data.code_writer import CodeWriter
 from vqgan_jax.data.codes import open_codes
 from vqgan_jax.errors import DataError
 from vqgan_jax.inference import Tokenizer, load_tokenizer
+from vqgan_jax.inference.reconstruct import reconstruct
+from vqgan_jax.inference.tokenize import tokenize, verify
 from vqgan_jax.interop import taming
 from vqgan_jax.interop.taming_yaml import ConversionError, yaml_from_config
 from vqgan_jax.metrics.codebook import code_counts, perplexity, usage
-from vqgan_jax.reconstruct import reconstruct
 from vqgan_jax.stored_conditions import open_condition
-from vqgan_jax.tokenize import tokenize, verify
 from vqgan_jax.training.checkpoints import write_export
 from vqgan_jax.training.game import Game
 from vqgan_jax.training.generator_step import Running, generator_gradients

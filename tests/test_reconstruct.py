@@ -17,7 +17,7 @@ import tiny
 import vqgan_jax
 from vqgan_jax.data.inputs import crop_to_multiple, unique_names
 from vqgan_jax.errors import DataError
-from vqgan_jax.reconstruct import overview, reconstruct, without_infinity
+from vqgan_jax.inference.reconstruct import overview, reconstruct, without_infinity
 from vqgan_jax.training.checkpoints import write_export
 from vqgan_jax.training.pictures import label_colors
 

@@ -16,8 +16,8 @@ import small_generator as small
 import training_runs as runs
 from transformer_runs import assert_one_line, environment_of_processes
 from vqgan_jax.errors import DataError
+from vqgan_jax.inference.sample import sample
 from vqgan_jax.rejection import Rejection, find_classifier
-from vqgan_jax.sample import sample
 
 COUNT, CLASSIFIER = 10, "color_classifier:by_mean_color"
 

@@ -18,8 +18,8 @@ from vqgan_jax.configuration import ConfigError, add_condition_image
 from vqgan_jax.data import code_report
 from vqgan_jax.data.codes import open_codes
 from vqgan_jax.errors import DataError
-from vqgan_jax.sample import sample
-from vqgan_jax.tokenize import tokenize
+from vqgan_jax.inference.sample import sample
+from vqgan_jax.inference.tokenize import tokenize
 
 NAMES = ("tree", "boat", "house")
 LAYOUT = {"num_tokens": 400, "max_objects": 4, "attributes": ("group",), "min_area": 0.01}

@@ -12,9 +12,8 @@ import yaml
 
 import programs
 import tiny
-from vqgan_jax import convert
 from vqgan_jax.configuration import ConfigError, from_json, to_json, tokenizer_config
-from vqgan_jax.interop import taming
+from vqgan_jax.interop import conversion, taming
 from vqgan_jax.interop.taming_options import ConversionError
 from vqgan_jax.interop.taming_yaml import config_from_yaml, yaml_from_config
 from vqgan_jax.interop.torch_file import read_checkpoint
@@ -336,7 +335,7 @@ def test_weights_that_do_not_fit_are_named(state_dict, description):
 
 def test_the_command_there_and_back(tmp_path, capsys, state_dict):
     export, back = tmp_path / "export", tmp_path / "back.ckpt"
-    convert.convert(CHECKPOINT, DESCRIPTION, export)
+    conversion.convert(CHECKPOINT, DESCRIPTION, export)
     printed = capsys.readouterr().out
     assert "VQModel f2" in printed and "740,659" in printed and "64 codes of 16" in printed
     config, variables, discriminator = read_variables(export)
@@ -345,7 +344,7 @@ def test_the_command_there_and_back(tmp_path, capsys, state_dict):
     codes = tiny.run(vqgan(config), variables, images, method="encode")
     np.testing.assert_array_equal(codes, np.load(GOLDENS / "taming_vqgan.npz")["fwd/indices"])
 
-    convert.convert_back(export, back)
+    conversion.convert_back(export, back)
     found = read_checkpoint(back)["state_dict"]
     assert found.keys() == state_dict.keys()
     for name, value in state_dict.items():

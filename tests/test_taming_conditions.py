@@ -15,10 +15,9 @@ from test_taming_transformer import (
     state_dict_of,
     tokenizer_config,
 )
-from vqgan_jax import convert
 from vqgan_jax.conditions.coordinates import coordinate_tokens
 from vqgan_jax.conditions.layouts import Layout, LayoutEncoding, SceneObject
-from vqgan_jax.interop import taming
+from vqgan_jax.interop import conversion, taming
 from vqgan_jax.interop.taming_options import ConversionError
 from vqgan_jax.interop.taming_transformer_yaml import transformer_from_yaml
 from vqgan_jax.interop.taming_yaml import yaml_from_config
@@ -69,7 +68,7 @@ def write_inputs(directory, stage=None, data=None, side=SIDE, **changes):
 def converted(directory, stage=None, **changes):
     """The export of such inputs, loaded."""
     write_inputs(directory, stage, **changes)
-    convert.convert(directory / "x.ckpt", directory / "x.yaml", directory / "export")
+    conversion.convert(directory / "x.ckpt", directory / "x.yaml", directory / "export")
     return vqgan_jax.load(directory / "export")
 
 
@@ -230,7 +229,7 @@ def test_there_and_back_is_the_same_state_dict(tmp_path, kind):
     if stage is not None:
         description = stage_of(stage)
     converted(tmp_path, stage, cond_stage_key="depth", cond_stage_config=description)
-    convert.convert_back(tmp_path / "export", tmp_path / "back.ckpt")
+    conversion.convert_back(tmp_path / "export", tmp_path / "back.ckpt")
     before = read_checkpoint(tmp_path / "x.ckpt")["state_dict"]
     after = read_checkpoint(tmp_path / "back.ckpt")["state_dict"]
     assert before.keys() == after.keys()
@@ -254,7 +253,7 @@ def test_conditions_that_the_reference_does_not_have_stay_here(tmp_path):
     ):
         own_run(tmp_path / name, condition={"kinds": ("coordinates",)} | condition)
         with pytest.raises(ConversionError, match=problem) as caught:
-            convert.convert_back(tmp_path / name, tmp_path / "x.ckpt")
+            conversion.convert_back(tmp_path / name, tmp_path / "x.ckpt")
         assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("x.*"))
 
@@ -318,5 +317,5 @@ def test_what_the_yaml_may_not_say(changes, problem):
 def test_a_condition_stage_without_its_weights_is_named(tmp_path):
     write_inputs(tmp_path, None, **depth())
     with pytest.raises(ConversionError, match="In cond_stage_model: The weights do not fit"):
-        convert.convert(tmp_path / "x.ckpt", tmp_path / "x.yaml", tmp_path / "export")
+        conversion.convert(tmp_path / "x.ckpt", tmp_path / "x.yaml", tmp_path / "export")
     assert not (tmp_path / "export").exists()

@@ -8,7 +8,7 @@ import vqgan_jax
 from test_orders import FOUR_BY_FOUR
 from test_taming_conditions import first_stage
 from test_taming_transformer import GOLDEN, description_of, logits_of, state_dict_of
-from vqgan_jax import convert
+from vqgan_jax.interop import conversion
 from vqgan_jax.interop.taming_options import ConversionError
 from vqgan_jax.interop.taming_permuters import check_buffers, permuter_buffers
 from vqgan_jax.interop.taming_transformer import (
@@ -68,7 +68,7 @@ def test_there_and_back_with_the_numbers_of_the_reference(tmp_path, capsys, orde
     write_checkpoint(tmp_path / "x.ckpt", {"state_dict": stored})
     description = yaml.safe_dump(description_of(first_stage(), **permuter(order)))
     (tmp_path / "x.yaml").write_text(description)
-    convert.convert(tmp_path / "x.ckpt", tmp_path / "x.yaml", tmp_path / "export")
+    conversion.convert(tmp_path / "x.ckpt", tmp_path / "x.yaml", tmp_path / "export")
     assert f"4x4 codes in the order {order}" in capsys.readouterr().out
     generator = vqgan_jax.load(tmp_path / "export")
     assert generator.config.model.order == order
@@ -81,7 +81,7 @@ def test_there_and_back_with_the_numbers_of_the_reference(tmp_path, capsys, orde
         logits[:, sequence_of(order)], GOLDEN["logits"][:, : SIDE**2], atol=1e-5
     )
 
-    convert.convert_back(tmp_path / "export", tmp_path / "back.ckpt")
+    conversion.convert_back(tmp_path / "export", tmp_path / "back.ckpt")
     found = read_checkpoint(tmp_path / "back.ckpt")["state_dict"]
     assert found.keys() == stored.keys()
     for name, value in stored.items():

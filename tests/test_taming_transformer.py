@@ -13,9 +13,8 @@ import yaml
 import programs
 import tiny
 import vqgan_jax
-from vqgan_jax import convert
 from vqgan_jax.configuration import transformer_config
-from vqgan_jax.interop import taming
+from vqgan_jax.interop import conversion, taming
 from vqgan_jax.interop.taming_options import ConversionError
 from vqgan_jax.interop.taming_transformer import (
     transformer_from_state_dict,
@@ -202,7 +201,7 @@ def test_three_ways_to_say_that_there_is_no_condition(changes):
 def test_a_start_token_leads_to_what_the_reference_draws(tmp_path):
     start, codes = int(GOLDEN["idx"][1, 0]), GOLDEN["idx"][1:, 1 : SIDE**2 + 1]
     write_inputs(tmp_path, cond_stage_config="__is_unconditional__", sos_token=start)
-    convert.convert(tmp_path / "x.ckpt", tmp_path / "x.yaml", tmp_path / "export")
+    conversion.convert(tmp_path / "x.ckpt", tmp_path / "x.yaml", tmp_path / "export")
     generator = vqgan_jax.load(tmp_path / "export")
     expected = jax.nn.log_softmax(GOLDEN["logits"][1:, : SIDE**2])
     expected = np.take_along_axis(np.asarray(expected), codes[..., None], axis=-1)[..., 0]
@@ -219,7 +218,7 @@ def test_tokens_that_are_no_codes_are_conditions_and_never_drawn(tmp_path, capsy
     if kind == "none":
         changes = {"unconditional": True, "sos_token": 40}
     write_inputs(tmp_path, codebook_size=32, **changes)
-    convert.convert(tmp_path / "x.ckpt", tmp_path / "x.yaml", tmp_path / "export")
+    conversion.convert(tmp_path / "x.ckpt", tmp_path / "x.yaml", tmp_path / "export")
     assert "32 codes; 16 tokens that are none are never drawn" in capsys.readouterr().out
     generator = vqgan_jax.load(tmp_path / "export")
 
@@ -239,7 +238,7 @@ def test_tokens_that_are_no_codes_are_conditions_and_never_drawn(tmp_path, capsy
 
 def test_there_and_back_is_the_same_state_dict(export, tmp_path, capsys):
     back = tmp_path / "back.ckpt"
-    convert.convert_back(export, back)
+    conversion.convert_back(export, back)
     assert "Net2NetTransformer" in capsys.readouterr().out
     found = read_checkpoint(back)["state_dict"]
     assert found.keys() == state_dict_of().keys()
@@ -272,8 +271,8 @@ def own_run(directory, **options):
 def test_the_start_token_of_an_own_table_comes_back_by_its_position(tmp_path):
     own_run(tmp_path / "run")
     before = vqgan_jax.load(tmp_path / "run")
-    convert.convert_back(tmp_path / "run", tmp_path / "x.ckpt")
-    convert.convert(tmp_path / "x.ckpt", tmp_path / "x.yaml", tmp_path / "again")
+    conversion.convert_back(tmp_path / "run", tmp_path / "x.ckpt")
+    conversion.convert(tmp_path / "x.ckpt", tmp_path / "x.yaml", tmp_path / "again")
     after = vqgan_jax.load(tmp_path / "again")
     assert before.config.condition.own_table and not after.config.condition.own_table
     codes = GOLDEN["idx"][:, : SIDE**2]
@@ -285,10 +284,10 @@ def test_forms_that_the_reference_does_not_have_stay_here(tmp_path):
     classes = {"condition": {"kinds": ("class",), "num_classes": 5}}
     own_run(tmp_path / "classes", **classes)
     with pytest.raises(ConversionError, match="table for them"):
-        convert.convert_back(tmp_path / "classes", tmp_path / "x.ckpt")
+        conversion.convert_back(tmp_path / "classes", tmp_path / "x.ckpt")
     own_run(tmp_path / "wide", model={"hidden": 96})
     with pytest.raises(ConversionError, match="no config.model.hidden=96"):
-        convert.convert_back(tmp_path / "wide", tmp_path / "x.ckpt")
+        conversion.convert_back(tmp_path / "wide", tmp_path / "x.ckpt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["classes", "wide"]
 
 

@@ -31,7 +31,7 @@ from vqgan_jax.data.sources import open_source
 from vqgan_jax.data.transforms import Transform
 from vqgan_jax.errors import DataError
 from vqgan_jax.inference import Tokenizer
-from vqgan_jax.tokenize import tokenize, verify
+from vqgan_jax.inference.tokenize import tokenize, verify
 from vqgan_jax.training.checkpoints import Checkpoints, write_export
 from vqgan_jax.training.game import Game
 from vqgan_jax.training.states import TokenizerState

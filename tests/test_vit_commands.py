@@ -10,13 +10,13 @@ from PIL import Image
 import training_runs as runs
 import transformer_runs as stage2
 import vqgan_jax
-from vqgan_jax.convert import convert_back
 from vqgan_jax.data.images import prepare_images
 from vqgan_jax.data.pipeline import evaluation_images
+from vqgan_jax.inference.reconstruct import reconstruct
+from vqgan_jax.inference.sample import sample
+from vqgan_jax.inference.tokenize import tokenize
+from vqgan_jax.interop.conversion import convert_back
 from vqgan_jax.interop.taming_options import ConversionError
-from vqgan_jax.reconstruct import reconstruct
-from vqgan_jax.sample import sample
-from vqgan_jax.tokenize import tokenize
 from vqgan_jax.training.checkpoints import read_variables, write_export
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 import tiny
-from vqgan_jax.tokenize import tokenize
+from vqgan_jax.inference.tokenize import tokenize
 from vqgan_jax.training.checkpoints import write_export
 from vqgan_jax.training.loop import train
 

@@ -30,4 +30,4 @@ def _interrupted(_number, _frame):
 
 
 if any(part.startswith("vqgan_jax.") for part in sys.orig_argv[1:4]):  # python -m vqgan_jax.NAME
-    signal.signal(signal.SIGINT, _interrupted)  # until `commands.run` takes over
+    signal.signal(signal.SIGINT, _interrupted)  # until `command_line.run` takes over

@@ -11,20 +11,20 @@ classes and reads the header of every image: sizes, modes, damage, and what is l
 examples of the first split, class by class.
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from absl import flags
-from PIL import Image
 
-from vqgan_jax import commands
-from vqgan_jax.data import code_report, dataset_report
-from vqgan_jax.data.code_manifest import find_codes
-from vqgan_jax.data.decoding import decode_image
-from vqgan_jax.data.splits import expand_user
+from vqgan_jax import command_line
+from vqgan_jax.command_line.help import group
 from vqgan_jax.errors import DataError, UnreadableImage
+
+if TYPE_CHECKING:
+    from vqgan_jax.data.dataset_report import DatasetListing
 
 COLUMNS, SIDE = 8, 96  # of the picture
 
@@ -51,6 +51,10 @@ def describe(what: str, data_dir: str = "", decode: bool = False, picture: str =
 
 def _report(what: str, data_dir: str, decode: bool, picture: str) -> tuple[dict, list[str]]:
     """The report, and the same as lines of text."""
+    from vqgan_jax.data import code_report, dataset_report
+    from vqgan_jax.data.code_manifest import find_codes
+    from vqgan_jax.data.splits import expand_user
+
     path = pathlib.Path(expand_user(what.removeprefix("folder:")))
     if not what.startswith("folder:") and path.is_dir() and not picture and not decode:
         if find_codes(path):
@@ -80,15 +84,27 @@ def _report(what: str, data_dir: str, decode: bool, picture: str) -> tuple[dict,
     return report, dataset_report.lines(report)
 
 
-def write_picture(listing: dataset_report.DatasetListing, path: pathlib.Path) -> None:
+def write_picture(listing: DatasetListing, path: pathlib.Path) -> None:
     """Writes examples of the first split that has images, class by class, as a PNG."""
+    import numpy as np
+    from PIL import Image
+
+    from vqgan_jax.data.dataset_report import choose_examples
+    from vqgan_jax.data.decoding import decode_image
     from vqgan_jax.sample_files import labelled_grid
+
+    def thumbnail(image: np.ndarray) -> np.ndarray:
+        """The square in the centre of uint8 (H, W, 3), at 96 pixels."""
+        side = min(image.shape[:2])
+        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+        square = Image.fromarray(image[top : top + side, left : left + side])
+        return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
     splits = [split for split, images in listing.splits.items() if len(images)]
     if not splits:
         raise DataError(f"{listing.name} has no images to show.")
     rows: list[tuple[str, list[np.ndarray]]] = []
-    for image in dataset_report.choose_examples(listing, splits[0]):
+    for image in choose_examples(listing, splits[0]):
         try:
             square = thumbnail(decode_image(image.encoded))
         except UnreadableImage:
@@ -102,14 +118,6 @@ def write_picture(listing: dataset_report.DatasetListing, path: pathlib.Path) ->
     images = [image for _, own in rows for image in own]
     labels = numbers if any(name for name, _ in rows) else None
     labelled_grid(images, labels, [name for name, _ in rows]).save(path)
-
-
-def thumbnail(image: np.ndarray) -> np.ndarray:
-    """The square in the centre of uint8 (H, W, 3), at 96 pixels."""
-    side = min(image.shape[:2])
-    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    square = Image.fromarray(image[top : top + side, left : left + side])
-    return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
 def main(what: str) -> None:
@@ -129,9 +137,17 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else str(value)
 
 
+def define_flags() -> None:
+    """The flags of this command."""
+    with group("Flags"):
+        flags.DEFINE_string("json", "", "A file X.json that the whole description is written to.")
+        flags.DEFINE_string("picture", "", "A file X.png for 64 examples of a data set, by class.")
+        flags.DEFINE_boolean(
+            "decode", False, "Decodes every image, which finds damage behind its header too."
+        )
+        flags.DEFINE_string("data_dir", "", "Where data sets are.")
+
+
 if __name__ == "__main__":
-    flags.DEFINE_string("json", "", "A file X.json that all of it is written to.")
-    flags.DEFINE_string("picture", "", "A file X.png for 64 examples of a data set, by class.")
-    flags.DEFINE_boolean("decode", False, "Decode every image, to find damage behind its header.")
-    flags.DEFINE_string("data_dir", "", "Where data sets are.")
-    commands.run(main, arguments=("PATH_OR_NAME",))
+    define_flags()
+    command_line.run(main, arguments=("PATH_OR_NAME",))

@@ -1,7 +1,7 @@
 """Runs of several processes: how they are found, join, wait for each other and end together.
 
 A command calls `define_flags` beside its other flags and `join` before anything of JAX; a process
-that is alone goes on at once. `commands.run` calls `leave` at the end.
+that is alone goes on at once. `command_line.run` calls `leave` at the end.
 """
 
 import dataclasses

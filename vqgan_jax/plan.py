@@ -18,32 +18,12 @@ import signal
 import subprocess
 import sys
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vqgan_jax import commands, configuration
+from vqgan_jax import command_line, configuration
+from vqgan_jax.command_line.help import group, require
 from vqgan_jax.configuration import ConfigError
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
-_TOPOLOGY = flags.DEFINE_list(
-    "topology", None, "Slices of TPUs to compile for, as in v5e:16x16,v5p:8x8x8."
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Images an update on all chips together; by default the config's."
-)
-_FIND = flags.DEFINE_boolean("find_batch_size", False, "Look for the largest batch that fits.")
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer_config", "", "Of a transformer whose tokenizer is not trained yet: its config."
-)
-_PROGRAMS = flags.DEFINE_list(
-    "programs", None, "Only programs with one of these words in their names, as in generator."
-)
-_EXPLAIN = flags.DEFINE_boolean(
-    "explain_sharding", False, "Only show which chips have which part of each parameter."
-)
-_JSON = flags.DEFINE_string("json", "", "A file that all figures are written to.")
-_CACHE = flags.DEFINE_string("cache", "~/.cache/vqgan_jax/plans", "Where figures are kept.")
 
 _APART = "VQGAN_JAX_PLANS_APART"  # in the environment of the process that compiles
 
@@ -78,33 +58,36 @@ def run_apart(command: list[str]) -> int:
 
 def plan_here() -> None:
     """Plans what the flags say, in this process."""
+    import jax
+
     jax.config.update("jax_platforms", "cpu")  # a TPU that is here is not needed, and may be busy
     # A compiler for TPUs that are elsewhere writes its programs to the cache and cannot read them.
     jax.config.update("jax_enable_compilation_cache", False)
     from vqgan_jax.planning.planner import Planner, with_batch
     from vqgan_jax.planning.topologies import Topology
 
-    config = _CONFIG.value
+    options = flags.FLAGS
+    config = options.config
     if not isinstance(config, ConfigDict):
         raise ConfigError("--config names no file whose get_config returns a ConfigDict.")
-    if _BATCH_SIZE.value:
-        config = with_batch(config, _BATCH_SIZE.value)
+    if options.batch_size:
+        config = with_batch(config, options.batch_size)
     configuration.validate(config)
-    tokenizer = read_config(_TOKENIZER.value) if _TOKENIZER.value else None
-    cache = pathlib.Path(_CACHE.value).expanduser()
+    tokenizer = read_config(options.tokenizer_config) if options.tokenizer_config else None
+    cache = pathlib.Path(options.cache).expanduser()
     plans, all_fit = [], True
-    for name in _TOPOLOGY.value:
+    for name in options.topology:
         topology = Topology.named(name)
-        planner = Planner(topology, tokenizer, cache, tuple(_PROGRAMS.value or ()))
-        if _EXPLAIN.value:
+        planner = Planner(topology, tokenizer, cache, tuple(options.programs or ()))
+        if options.explain_sharding:
             print(planner.explain_sharding(config))
             continue
-        own = planner.with_largest_batch(config) if _FIND.value else config
+        own = planner.with_largest_batch(config) if options.find_batch_size else config
         plan, fits = planner.plan(own)
         plans.append(plan)
         all_fit = all_fit and fits
-        if _JSON.value:
-            pathlib.Path(_JSON.value).write_text(json.dumps(plans, indent=2) + "\n")
+        if options.json:
+            pathlib.Path(options.json).write_text(json.dumps(plans, indent=2) + "\n")
     sys.exit(0 if all_fit else 1)
 
 
@@ -127,6 +110,34 @@ def read_config(argument: str) -> ConfigDict:
     return config
 
 
+def define_flags() -> None:
+    """The flags of this command."""
+    with group("What is planned"):
+        config_flags.DEFINE_config_file(
+            "config", None, "The experiment, as of train; --config.KEY=VALUE changes a key."
+        )
+        flags.DEFINE_list(
+            "topology", None, "Slices of TPUs to compile for, as in v5e:16x16,v5p:8x8x8."
+        )
+        flags.DEFINE_integer(
+            "batch_size", 0, "Images in an update, on all chips together; by default the config's."
+        )
+        flags.DEFINE_boolean("find_batch_size", False, "Looks for the largest batch that fits.")
+        flags.DEFINE_string(
+            "tokenizer_config",
+            "",
+            "Of a transformer whose tokenizer is not trained yet: the tokenizer's config.",
+        )
+        flags.DEFINE_list("programs", None, "Only programs with one of these words in their names.")
+    with group("Output"):
+        flags.DEFINE_boolean(
+            "explain_sharding", False, "Only shows which chips have which part of each parameter."
+        )
+        flags.DEFINE_string("json", "", "A file that all figures are written to.")
+        flags.DEFINE_string("cache", "~/.cache/vqgan_jax/plans", "Where figures are kept.")
+    require("config", "topology")
+
+
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "topology"])
-    commands.run(main)
+    define_flags()
+    command_line.run(main)

@@ -1,7 +1,11 @@
-"""Trains a model: `python -m vqgan_jax.train --config=configs/vqgan_f16.py --workdir=runs/f16`.
+"""Trains a tokenizer or a transformer; the same command resumes a stopped run.
 
-`--config=FILE:ARGUMENT` picks a variant of the config, `--config.KEY=VALUE` changes a key. The same
-command goes on with a run that was stopped; the exit code is 75 where that is to be done.
+    python -m vqgan_jax.train --config=quickstart
+    python -m vqgan_jax.train --config=vqgan_f16:folder=photos --workdir=runs/photos
+    python -m vqgan_jax.train --list
+
+--config=NAME:VARIANT picks a config and a variant of it, --config.KEY=VALUE changes a key. The exit
+code is 75 where the run was stopped with its state saved.
 """
 
 import pathlib
@@ -9,45 +13,68 @@ import pathlib
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vqgan_jax import commands, distributed
+from vqgan_jax import command_line, distributed
+from vqgan_jax.command_line.help import SEVERAL_PROCESSES, group
 from vqgan_jax.configuration import ConfigError, validate
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Where the run's files go; runs/NAME of the config file by default."
-)
-_EXPLAIN = flags.DEFINE_boolean(
-    "explain_sharding", False, "Only show which devices have which part of each parameter."
-)
+
+def define_flags() -> None:
+    """The flags of this command."""
+    with group("What is trained"):
+        config_flags.DEFINE_config_file(
+            "config",
+            None,
+            "(required) The experiment: a config's name as --list shows it, or a file; after a "
+            "colon its variant. --config.KEY=VALUE changes a key.",
+        )
+        flags.DEFINE_string(
+            "workdir", "", "Where the run's files are written; by default runs/NAME of the config."
+        )
+    with group("Instead of training"):
+        flags.DEFINE_boolean("list", False, "Lists the configs that there are.")
+        flags.DEFINE_boolean("print_config", False, "Prints every key of the config.")
+        flags.DEFINE_boolean(
+            "explain_sharding", False, "Shows which devices have which part of each parameter."
+        )
+    with group(SEVERAL_PROCESSES):
+        distributed.define_flags()
 
 
 def main() -> None:
     """Trains what the flags say."""
+    options = flags.FLAGS
+    if options.list:
+        from vqgan_jax.command_line.configs import list_configs
+
+        print(*list_configs(), sep="\n")
+        return
+    if options.config is None:
+        raise ConfigError("--config is missing; --list shows the configs that there are.")
+    path = config_flags.get_config_filename(options["config"]).split(":")[0]
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"There is no config file {path!r}; --list shows those that there are.")
+    config = options.config
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"get_config of {path} returns no ConfigDict, but {config!r}.")
+    workdir = options.workdir or f"runs/{pathlib.Path(path).stem}"
+    if options.print_config:
+        from vqgan_jax.command_line.configs import described_config
+
+        print(*described_config(config), sep="\n")
+        return
+    command_line.announce(f"train {path} -> {workdir}")
     distributed.join()
     import jax
 
-    from vqgan_jax.data.splits import opening_line
-    from vqgan_jax.training.loop import explain_sharding, train, with_stored_rules
+    from vqgan_jax.training.loop import explain_sharding, train
 
-    path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-    if not pathlib.Path(path).is_file():
-        raise ConfigError(f"There is no config file {path!r}.")
-    if not isinstance(_CONFIG.value, ConfigDict):
-        raise ConfigError(f"get_config of {path} returns no ConfigDict, but {_CONFIG.value!r}.")
-    name = pathlib.Path(path).stem
-    workdir = _WORKDIR.value or f"runs/{name}"
-    if _EXPLAIN.value:
-        table = explain_sharding(_CONFIG.value, workdir)
+    if options.explain_sharding:
+        table = explain_sharding(config, workdir)
         if jax.process_index() == 0:
             print(table)
         return
-    config = _CONFIG.value
     validate(config)
-    if jax.process_index() == 0 and not config.data.get("codes"):
-        rules = with_stored_rules(config, pathlib.Path(workdir)).data.folder_rules
-        if line := opening_line(config.data.name, rules):
-            print(line, flush=True)
-    figures = train(config, workdir, started=commands.STARTED)
+    figures = train(config, workdir, started=command_line.STARTED)
     if jax.process_index() != 0:
         return
     for name, value in figures.items():
@@ -56,6 +83,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.define_flags()
-    flags.mark_flag_as_required("config")
-    commands.run(main)
+    define_flags()
+    command_line.run(main)

@@ -6,11 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from vqgan_jax.configuration.ranges import Number, defaults, number, numbers, share
-from vqgan_jax.models.recomputation import POLICIES
 
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 MOST_STEPS = 10**12
@@ -233,6 +231,10 @@ def _validate_mesh(config: ConfigDict) -> None:
 
 def validate_base(config: ConfigDict) -> None:
     """Checks of what every stage has."""
+    import jax  # a command's --help need not wait for it
+
+    from vqgan_jax.models.recomputation import POLICIES
+
     _validate_mesh(config)
     one_of(config, "model.dtype", *DTYPES)
     require(

@@ -2,13 +2,13 @@
 
 import os
 
-import jax
-
 from vqgan_jax.configuration.common import ConfigError
 
 
 def available_bytes() -> int | None:
     """Memory of one device, on a CPU that of the machine; None where it cannot be told."""
+    import jax
+
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and stats.get("bytes_limit"):

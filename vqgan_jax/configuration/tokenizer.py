@@ -19,7 +19,6 @@ from vqgan_jax.configuration.common import (
 )
 from vqgan_jax.configuration.quantizer import quantizer_section, validate_quantizer
 from vqgan_jax.configuration.ranges import number, numbers, ranges, share
-from vqgan_jax.models.recomputation import POLICIES
 
 BEST_METRICS = (  # figures of an evaluation that are better when lower
     "lpips",
@@ -169,7 +168,6 @@ def validate_tokenizer_model(config: ConfigDict) -> None:
     check_ranges(config, own)
     validate_quantizer(config)
     one_of(config, "model.dtype", *DTYPES)
-    one_of(config, "model.remat_keeps", *POLICIES)
     one_of(config, "model.norm", "group", "layer")
     one_of(config, "model.architecture", "conv", "vit")
     if config.model.architecture == "vit":

@@ -23,7 +23,6 @@ from vqgan_jax.configuration.common import (
 from vqgan_jax.configuration.quantizer import MOST_CODES
 from vqgan_jax.configuration.ranges import defaults, number, numbers, ranges, share
 from vqgan_jax.models.orders import ORDERS, ROW_MAJOR
-from vqgan_jax.models.recomputation import POLICIES
 
 
 def transformer_config() -> ConfigDict:
@@ -163,7 +162,6 @@ def validate_transformer_model(config: ConfigDict) -> None:
         own = {f"condition.images.{name}.{key}": known for key, known in IMAGE_RANGES.items()}
         check_ranges(config, own)
     one_of(config, "model.dtype", *DTYPES)
-    one_of(config, "model.remat_keeps", *POLICIES)
     one_of(config, "model.norm", "layer", "rms")
     one_of(config, "model.feed_forward", "gelu", "swiglu")
     one_of(config, "model.positions", "learned", "learned_2d", "rotary")

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from vqgan_jax import commands
+from vqgan_jax import command_line
 from vqgan_jax.data.earth import GRID, PIXELS_PER_DEGREE, load_rasters
 from vqgan_jax.data.packages import default_data_dir
 from vqgan_jax.errors import DataError
@@ -67,4 +67,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    commands.run(main)
+    command_line.run(main)

@@ -25,6 +25,9 @@ import absl.logging
 from absl import app, flags
 
 from vqgan_jax import distributed
+from vqgan_jax.command_line.compiled_programs import keep_compiled_programs
+from vqgan_jax.command_line.configs import with_config_found
+from vqgan_jax.command_line.help import help_text
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.errors import DataError
 from vqgan_jax.peers import LIVENESS_SECONDS, START_AGAIN, HostError
@@ -45,6 +48,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     `arguments` are names of what the command takes beside flags, which `main` is called with.
     """
     quiet_libraries()
+    keep_compiled_programs(os.environ)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # names of files may be what they cannot write
         stream.reconfigure(errors="backslashreplace")
@@ -124,9 +128,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
+def announce(line: str) -> None:
+    """Prints at once what begins, before anything slow; of several processes only on the first."""
+    if flags.FLAGS.is_parsed() and "process_id" in flags.FLAGS:
+        index = flags.FLAGS["process_id"].value or os.environ.get("JAX_PROCESS_ID", 0)
+        if str(index) != "0":
+            return
+    print(line, flush=True)
+
+
 def _parse(arguments):
+    if wanted := {"--help", "-h", "-help", "--helpfull", "--helpshort"}.intersection(arguments):
+        with contextlib.suppress(BrokenPipeError):
+            print(help_text(sys.modules["__main__"], full="--helpfull" in wanted), flush=True)
+        sys.exit(0)
     try:
-        return flags.FLAGS(arguments)
+        return flags.FLAGS(list(map(with_config_found, arguments)))
     except KeyboardInterrupt:
         interrupted()
     except SystemExit:  # absl has shown the help, and would end with an error's exit code
