@@ -47,4 +47,5 @@ def get_config(arg: str = ""):
     config.training.evaluate_every = 350
     config.training.checkpoint_every = 175
     config.training.log_every = 25
+    config.training.pictures_every = 100
     return config

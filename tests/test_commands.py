@@ -78,7 +78,7 @@ def command_results(run_inputs, tmp_path_factory):
 def test_bad_command(command_results, arguments, words):
     result = command_results[0][tuple(arguments)]
     assert result.returncode == 1
-    assert all(line.startswith("train ") for line in result.stdout.splitlines())
+    assert all(line.startswith(("train ", "devices: ")) for line in result.stdout.splitlines())
     lines = result.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert words in lines[0]

@@ -19,8 +19,9 @@ from vqgan_jax.conditions.image_codes import ImageCodes
 from vqgan_jax.conditions.kinds import Conditions
 from vqgan_jax.configuration import ConfigError, add_condition_image
 from vqgan_jax.errors import DataError
-from vqgan_jax.inference.sample import sample, split_conditions
+from vqgan_jax.inference.sample import sample
 from vqgan_jax.inference.tokenize import tokenize
+from vqgan_jax.sample import split_conditions
 from vqgan_jax.training.checkpoints import write_export
 
 LABELS = 3

@@ -283,7 +283,7 @@ class Clock:
 def test_the_progress_line():
     clock, stream = Clock(), io.StringIO()
     progress = Progress(1000, 16, 100, stream, PhaseClock(clock=clock))
-    clock.now += 60.0  # compilation and 50 steps
+    clock.now += 60.0  # 50 steps
     progress.report(150, {"l1": 0.123456})
     with progress.clock.phase(DATA):
         clock.now += 1.0
@@ -295,9 +295,21 @@ def test_the_progress_line():
     assert stream.getvalue().splitlines() == [
         # 50 steps x 16 images in 60 s; 850 steps left at 1.2 s each
         "step  150/1000   15.0%  l1 0.1235  13.3 images/s  data wait 0%  left 17:00",
-        # 50 x 16 in 10 s without the pause; 800 left at 1 s each with the pause
-        "step  200/1000   20.0%  l1 0.1  lpips 0.4  80.0 images/s  data wait 10%  left 13:20",
+        # 50 x 16 in 10 s without the pause; 800 left at 1.1 s each with it, as the 100 were
+        "step  200/1000   20.0%  l1 0.1  lpips 0.4  80.0 images/s  data wait 10%  left 14:40",
     ]
+
+
+def test_compilation_and_what_was_before_the_first_step_count_nowhere():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(1000, 16, 100, stream, PhaseClock(clock=clock))
+    clock.now += 500.0
+    progress.begin(101)
+    clock.now += 40.0
+    progress.clock.note_compilation(clock.now - 30.0, clock.now)
+    speed = progress.report(201, {})  # 100 steps in 10 s, 799 to come
+    assert speed == {"images_per_second": 160.0, "data_wait": 0.0}
+    assert stream.getvalue().endswith("left 01:20\n")
 
 
 def test_the_last_line_has_nothing_left_and_no_window_is_no_error():

@@ -21,12 +21,13 @@ from vqgan_jax.configuration import (
 )
 from vqgan_jax.data import code_report
 from vqgan_jax.data.code_manifest import CodesInfo
+from vqgan_jax.data.code_report import verify
 from vqgan_jax.data.code_writer import CodeWriter
 from vqgan_jax.data.codes import open_codes
 from vqgan_jax.errors import DataError
 from vqgan_jax.inference import Tokenizer, load_tokenizer
 from vqgan_jax.inference.reconstruct import reconstruct
-from vqgan_jax.inference.tokenize import tokenize, verify
+from vqgan_jax.inference.tokenize import tokenize
 from vqgan_jax.interop import taming
 from vqgan_jax.interop.taming_yaml import ConversionError, yaml_from_config
 from vqgan_jax.metrics.codebook import code_counts, perplexity, usage

@@ -24,6 +24,7 @@ from vqgan_jax.conditions.coordinates import coordinate_tokens
 from vqgan_jax.conditions.derived import canny_edges, low_resolution
 from vqgan_jax.data import code_report
 from vqgan_jax.data.augmentations import AllViews, list_views
+from vqgan_jax.data.code_report import verify
 from vqgan_jax.data.code_writer import ShardImages
 from vqgan_jax.data.codes import check_codes, open_codes
 from vqgan_jax.data.elements import ReadTransformed
@@ -31,7 +32,7 @@ from vqgan_jax.data.sources import open_source
 from vqgan_jax.data.transforms import Transform
 from vqgan_jax.errors import DataError
 from vqgan_jax.inference import Tokenizer
-from vqgan_jax.inference.tokenize import tokenize, verify
+from vqgan_jax.inference.tokenize import tokenize
 from vqgan_jax.training.checkpoints import Checkpoints, write_export
 from vqgan_jax.training.game import Game
 from vqgan_jax.training.states import TokenizerState

@@ -15,7 +15,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("--help", "-h", "help"):
         print("Usage: vqgan-jax COMMAND --help, or python -m vqgan_jax.COMMAND --help\n")
         for name in COMMANDS:
-            print(f"  {name:<12} {_title(name)}")
+            print(f"  {name:<11} {_title(name)}")
         print("\nFirst steps: vqgan-jax train --config=quickstart")
         return
     name = sys.argv.pop(1)

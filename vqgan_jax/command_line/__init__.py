@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -31,14 +32,16 @@ from vqgan_jax.command_line.help import help_text
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.errors import DataError
 from vqgan_jax.peers import LIVENESS_SECONDS, START_AGAIN, HostError
+from vqgan_jax.training.stopping import INTERRUPTED as INTERRUPTED
+from vqgan_jax.training.stopping import InterruptWatch, end_at_once
 
-INTERRUPTED = 130
 STARTED = time.time()  # of the process, but for what is imported above
 # For an error to turn out as the consequence of another process's end. What is not an error of
 # ours mostly is one, and the host may just have vanished.
 _LOSS_SECONDS, _LONG_LOSS_SECONDS = 1.0, LIVENESS_SECONDS + 10.0
 # In errors of JAX about the connections between processes, all of which are alive. Gloo, which
 # joins CPUs, waits 30 s for one that is still compiling.
+_INTERRUPT_SECONDS = 0.5  # for the main thread to come to an instruction
 _CONNECTION_WORDS = ("Gloo", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 
@@ -49,7 +52,20 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     """
     quiet_libraries()
     keep_compiled_programs(os.environ)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    handled = threading.Event()
+
+    def interrupt(*_):
+        handled.set()
+        raise KeyboardInterrupt
+
+    def answer(count: int) -> None:
+        """Ends the program where its main thread does not, as while it compiles."""
+        if distributed.is_alone() and (count > 1 or not handled.wait(_INTERRUPT_SECONDS)):
+            end_at_once()
+
+    signal.signal(signal.SIGINT, interrupt)
+    watch = InterruptWatch(answer)
+    watch.__enter__()
     for stream in (sys.stdout, sys.stderr):  # names of files may be what they cannot write
         stream.reconfigure(errors="backslashreplace")
 
@@ -91,7 +107,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
             _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt) and distributed.is_alone():
-                interrupted()
+                end_at_once()
             if "Could not determine home directory" in str(error):  # pathlib's words
                 named = [part for part in sys.argv if "~" in part] or ["A path"]
                 _fail(f"{named[0]} begins with ~ and the name of a user that does not exist.")
@@ -116,13 +132,6 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def interrupted() -> None:
-    """Ends a command that has nothing to save, without waiting for its threads."""
-    _print("Interrupted.")
-    sys.stdout.flush()
-    os._exit(INTERRUPTED)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python, NumPy or XLA says that memory ran out."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
@@ -145,7 +154,7 @@ def _parse(arguments):
     try:
         return flags.FLAGS(list(map(with_config_found, arguments)))
     except KeyboardInterrupt:
-        interrupted()
+        end_at_once()
     except SystemExit:  # absl has shown the help, and would end with an error's exit code
         sys.exit(0)
     except Exception as error:  # a config file is a program and can raise anything
@@ -215,7 +224,8 @@ def quiet_libraries() -> None:
     # What the writer had begun when it failed.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _unraisablehook
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # XLA's alarms too: of slow compilations, and of instructions that a kept program was made for.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def _from_writer(record: logging.LogRecord) -> bool:
@@ -229,7 +239,7 @@ def _from_writer(record: logging.LogRecord) -> bool:
 def _unraisablehook(unraisable):
     """Silent on what is left of a checkpoint's reader or writer that failed and was reported."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt) and distributed.is_alone():
-        interrupted()
+        end_at_once()
     text = str(unraisable.exc_value)
     if text != "Event loop is closed" and not text.startswith("Encountered error while reading"):
         sys.__unraisablehook__(unraisable)

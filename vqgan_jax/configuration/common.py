@@ -86,6 +86,7 @@ def base_sections(stage: str) -> dict[str, Any]:
             keep_best=number(1, 0, 10**6),
             best_metric="lpips",  # lower is better; of the evaluation's figures
             evaluation_images=number(0, 0, 10**12),  # 0 = the whole validation split
+            pictures_every=number(0, 0, MOST_STEPS),  # steps; 0 = at evaluations only
             grid_images=number(8, 1, 4096),
             initialize_from="",  # an export or run whose weights a new run starts from
             wandb_project="",

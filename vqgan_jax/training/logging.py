@@ -152,8 +152,8 @@ class MetricWriter:
         if self._wandb is not None:
             self._wandb_run.log({"step": step, **values})
 
-    def write_images(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Writes a picture as `images/{name}_{step:08d}.png` and to TensorBoard.
+    def write_images(self, step: int, name: str, picture: np.ndarray) -> pathlib.Path | None:
+        """Writes a picture as `images/{name}_{step:08d}.png`, its path, and to TensorBoard.
 
         Args:
             step: the step it belongs to.
@@ -161,7 +161,7 @@ class MetricWriter:
             picture: (H, W, 3) uint8.
         """
         if not self._is_writer:
-            return
+            return None
         path = self._workdir / IMAGES / f"{name}_{step:08d}.png"
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,6 +169,7 @@ class MetricWriter:
         self._tensorboard.image(step, name, picture)
         if self._wandb is not None:
             self._wandb_run.log({"step": step, name: self._wandb.Image(picture)})
+        return path
 
     def close(self) -> None:
         """Finishes all files; the writer takes nothing more."""

@@ -21,7 +21,16 @@ from vqgan_jax.configuration.memory import require_memory
 from vqgan_jax.training.checkpoints import CONFIG_FILE, Checkpoints, latest_step
 from vqgan_jax.training.goodput import Goodput
 from vqgan_jax.training.logging import DeferredMetrics, MetricWriter, NonFiniteError, check_finite
-from vqgan_jax.training.phases import CHECKPOINTS, DATA, EVALUATION, START, STEPS, PhaseClock
+from vqgan_jax.training.opening import device_line, steps_line
+from vqgan_jax.training.phases import (
+    CHECKPOINTS,
+    COMPILE,
+    DATA,
+    EVALUATION,
+    START,
+    STEPS,
+    PhaseClock,
+)
 from vqgan_jax.training.progress import Progress
 from vqgan_jax.training.run_files import (
     EVALUATION_FILE,
@@ -47,6 +56,7 @@ class Stage(Protocol):
         pictures_name: what the pictures show.
         abstract_state: shapes and types of the state.
         layout: a sharding for each array of the state.
+        num_evaluated: images of an evaluation.
     """
 
     config: ConfigDict
@@ -56,6 +66,13 @@ class Stage(Protocol):
     pictures_name: str
     abstract_state: Any
     layout: Any
+    num_evaluated: int
+
+    def opening_lines(self) -> Sequence[str]:
+        """The model and the data, for people."""
+
+    def compiles(self, step: int) -> str:
+        """What step `step` compiles beside what the steps of this run before it did; or nothing."""
 
     def batches(self, start_step: int) -> Iterator:
         """Batches for the steps from `start_step` on; its `close()` ends their threads."""
@@ -159,8 +176,11 @@ def train(
             stack.enter_context(locked(workdir))
         set_aside_others(workdir)
         config = with_stored_rules(config, workdir)
-        stage = make_stage(config, make_mesh(config.mesh, devices), workdir)
+        mesh = make_mesh(config.mesh, devices)
+        say(device_line(list(mesh.devices.flat)), flush=True)
+        stage = make_stage(config, mesh, workdir)
         config, training = stage.config, stage.config.training
+        say(*stage.opening_lines(), sep="\n", flush=True)
         _check_memory(stage)
 
         # ---- The state: of the newest checkpoint, or born on the devices from the first batch.
@@ -179,6 +199,7 @@ def train(
             state = restored[1]
             say(f"Going on from step {start} in {workdir}.")
         else:
+            say("initialising the parameters", flush=True)
             first = next(batches)
             state = stage.init(first)
         stream = batches if restored else itertools.chain([first], batches)
@@ -217,6 +238,7 @@ def train(
                 goodput.write()
 
         def evaluate_now(step: int) -> dict[str, float]:
+            say(f"evaluating {stage.num_evaluated:,} images", flush=True)
             figures = stage.evaluate(state)
             check_finite(step, {f"validation/{stage.checked}": figures[stage.checked]})
             pictures = stage.pictures(state)
@@ -260,19 +282,44 @@ def train(
             goodput.mark(step)
             say(goodput.line(), flush=True)
 
+        def show_pictures(step: int) -> None:
+            with clock.phase(EVALUATION):
+                path = writer.write_images(step, stage.pictures_name, stage.pictures(state))
+            say(f"picture at step {step}: {path}", flush=True)
+
+        def first_step(arrived: tuple[int, dict[str, float]]) -> None:
+            """Compilation is over when the first step is computed; rates count from then on."""
+            log(arrived)
+            step, metrics = arrived
+            say(f"compiled in {clock.seconds()[COMPILE]:.0f} s", flush=True)
+            if step % training.log_every and step != training.num_steps:
+                shown = [f"{name} {metrics[name]:.4g}" for name in stage.shown if name in metrics]
+                say(f"step {step}/{training.num_steps}", *shown, sep="  ", flush=True)
+                progress.begin(step)
+
         # ---- The loop.
         figures, step = None, start
+        say(steps_line(config, start), flush=True)
+        if start < training.num_steps:
+            say("compiling the step, which takes longer than the steps to come", flush=True)
         clock.enter(STEPS)
         while step < training.num_steps:
             with clock.phase(DATA):
                 batch = next(stream)
+            if line := stage.compiles(step):
+                say(line, flush=True)
             state, metrics = stage.update(state, batch, step)
             step += 1
             log(deferred.push(step, metrics))
+            if step == start + 1:
+                first_step(deferred.flush())
 
             last = step == training.num_steps
             stopping = asked_to_stop(step)
             figures = None
+            every = training.pictures_every
+            if every and step % every == 0 and step % training.evaluate_every and not last:
+                show_pictures(step)
             if last or stopping or step % training.evaluate_every == 0:
                 log(deferred.flush())
             if last or step % training.evaluate_every == 0:

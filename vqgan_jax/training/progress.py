@@ -6,7 +6,7 @@ from typing import TextIO
 
 import jax
 
-from vqgan_jax.training.phases import DATA, STEPS, PhaseClock
+from vqgan_jax.training.phases import COMPILE, DATA, STEPS, PhaseClock
 
 
 class Progress:
@@ -17,8 +17,7 @@ class Progress:
         step  1200/10000  12.0%  l1 0.1034  lpips 0.412  312.5 images/s  data wait 3%  left 1:23:45
 
     The rate and the share of time spent waiting for data are of the time of steps and data alone;
-    the time left is of all, as there will be more evaluations. It leaves out the steps before the
-    first line, because these include most of the compilation.
+    the time left is of all but compilation, as there will be more evaluations.
 
     Args:
         total_steps: the last step of the run.
@@ -40,9 +39,12 @@ class Progress:
         self._batch_size = batch_size
         self._stream = sys.stdout if stream is None else stream
         self.clock = PhaseClock() if clock is None else clock
-        self._first_step, self._first_time = start_step, sum(self.clock.seconds().values())
-        self._has_reported = False
-        self._start_window(start_step)
+        self.begin(start_step)
+
+    def begin(self, step: int) -> None:
+        """Rates and the time left count from the end of this step on."""
+        self._first_step, self._first_time = step, self._time()
+        self._start_window(step)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Prints the line of a step and begins the next window.
@@ -62,26 +64,25 @@ class Progress:
         rate = steps * self._batch_size / seconds if seconds > 0 else 0.0
         wait = waited / seconds if seconds > 0 else 0.0
         width = len(str(self._total_steps))
-        time = sum(now.values())
         parts = [
             f"step {step:>{width}}/{self._total_steps}",
             f"{step / self._total_steps:6.1%}",
             *(f"{name} {value:.4g}" for name, value in metrics.items()),
             f"{rate:.1f} images/s",
             f"data wait {wait:.0%}",
-            f"left {format_duration(self._seconds_left(step, time))}",
+            f"left {format_duration(self._seconds_left(step))}",
         ]
         if jax.process_index() == 0:
             print("  ".join(parts), file=self._stream, flush=True)
-        if not self._has_reported:
-            self._first_step, self._first_time = step, time
-            self._has_reported = True
         self._start_window(step)
         return {"images_per_second": rate, "data_wait": wait}
 
-    def _seconds_left(self, step: int, time: float) -> float:
+    def _seconds_left(self, step: int) -> float:
         done = max(1, step - self._first_step)
-        return (self._total_steps - step) * (time - self._first_time) / done
+        return (self._total_steps - step) * (self._time() - self._first_time) / done
+
+    def _time(self) -> float:
+        return sum(value for phase, value in self.clock.seconds().items() if phase != COMPILE)
 
     def _start_window(self, step: int) -> None:
         self._window_step, self._window = step, self.clock.seconds()

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from vqgan_jax.data.images import prepare_images
 from vqgan_jax.data.pipeline import evaluation_batches, evaluation_images, training_batches
 from vqgan_jax.data.sources import open_configured
+from vqgan_jax.data.splits import opening_line
 from vqgan_jax.interop.lpips import check_lpips, load_lpips
 from vqgan_jax.training.compilation import (
     compile_init,
@@ -20,6 +21,7 @@ from vqgan_jax.training.compilation import (
 from vqgan_jax.training.evaluation import evaluate
 from vqgan_jax.training.game import Game
 from vqgan_jax.training.objectives import uses_perceptual
+from vqgan_jax.training.opening import data_line, model_line, num_parameters
 from vqgan_jax.training.pictures import side_by_side
 from vqgan_jax.training.sharding import batch_sharding, replicated, state_shardings
 from vqgan_jax.training.states import TokenizerState
@@ -45,7 +47,13 @@ class TokenizerStage:
         self._micro_batch_size = training.batch_size // config.optimizer.accumulate
         self._rows = batch_sharding(mesh, self._micro_batch_size, "the micro-batch size")
         self._whole = replicated(mesh)
-        open_configured(config.data, config.data.train_split, config.model.resolution)
+        self._train = open_configured(config.data, config.data.train_split, config.model.resolution)
+        self._validation = open_configured(
+            config.data, config.data.validation_split, config.model.resolution
+        )
+        limit = training.evaluation_images or len(self._validation)
+        self.num_evaluated = min(limit, len(self._validation))
+        self._compiled: set[tuple[bool, bool]] = set()
         self._pictured = evaluation_images(config, training.grid_images)
 
         self._game = Game.from_config(config)
@@ -68,6 +76,31 @@ class TokenizerStage:
             out_shardings=self._whole,
             compiler_options=compile_options(),
         )
+
+    def opening_lines(self) -> list[str]:
+        """The model and the data, for people."""
+        generator, discriminator = self.abstract_state.generator, self.abstract_state.discriminator
+        parameters = {"model": num_parameters(generator.params)}
+        if discriminator is not None and self.config.discriminator.enabled:
+            parameters["discriminator"] = num_parameters(discriminator.params)
+        data = self.config.data
+        counts = {
+            data.train_split: len(self._train),
+            data.validation_split: len(self._validation),
+        }
+        line = opening_line(data.name, data.folder_rules)
+        classes = len(self._train.class_names or ())
+        return [
+            model_line(self.config, parameters),
+            f"data: {line}" if line else data_line(data.name, counts, classes),
+        ]
+
+    def compiles(self, step: int) -> str:
+        """The adversarial game, and a regularisation of its discriminator, are other programs."""
+        kind = self._game.plays(step), self._game.regularizes(step)
+        new = kind not in self._compiled and self._compiled
+        self._compiled.add(kind)
+        return "compiling the adversarial step" if new else ""
 
     def _init(self, images):
         return self._game.init(prepare_images(self.config, images))

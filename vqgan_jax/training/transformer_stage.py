@@ -20,6 +20,7 @@ from vqgan_jax.data.pipeline import (
     evaluation_examples,
     training_batches,
 )
+from vqgan_jax.data.sources import open_configured
 from vqgan_jax.generation import Generator
 from vqgan_jax.metrics.baselines import code_frequency_bits, left_neighbour_bits
 from vqgan_jax.models.transformer import cast_kernels
@@ -32,6 +33,7 @@ from vqgan_jax.training.compilation import (
 from vqgan_jax.training.encoding import encode_raw
 from vqgan_jax.training.hardware import chip_of, forward_flops
 from vqgan_jax.training.learner import Learner
+from vqgan_jax.training.opening import data_line, model_line, num_parameters
 from vqgan_jax.training.pictures import tiled
 from vqgan_jax.training.run_tokenizers import keep_tokenizers, tokenizers_of_run
 from vqgan_jax.training.sharding import batch_sharding, replicated, state_shardings
@@ -106,11 +108,39 @@ class TransformerStage:
             for name, tokenizer in self._tokenizers.items()
         }
 
+        limit, validation = config.training.evaluation_images, self._num_images()[1]
+        self.num_evaluated = min(limit or validation, validation)
         chip = chip_of(mesh.devices.flat[0])
         num_codes = math.prod(config.model.grid)
         flops = 3.0 * forward_flops(self._learner.transformer, num_codes)
         self._num_codes = num_codes
         self._peak_share = flops / (chip.flops * mesh.devices.size) if chip else None
+
+    def _num_images(self) -> tuple[int, int]:
+        """Of the training and the validation split."""
+        if self._codes is not None:
+            return len(self._codes[0]), len(self._codes[1])
+        config = self._images_config
+        train, validation = (
+            len(open_configured(config.data, split, config.model.resolution))
+            for split in self._splits
+        )
+        return train, validation
+
+    def opening_lines(self) -> list[str]:
+        """The model and the data, for people."""
+        parameters = {"model": num_parameters(self.abstract_state.params)}
+        counts = dict(zip(self._splits, self._num_images(), strict=True))
+        name = f"codes {self.config.data.codes}" if self._codes else self.config.data.name
+        return [
+            model_line(self.config, parameters),
+            data_line(name, counts, self.config.condition.num_classes),
+        ]
+
+    def compiles(self, step: int) -> str:
+        """All steps are one program."""
+        del step
+        return ""
 
     def batches(self, start_step: int) -> Iterator:
         """Batches for the steps from `start_step` on; its `close()` ends their threads."""
