@@ -96,11 +96,14 @@ class TokenizerStage:
         ]
 
     def compiles(self, step: int) -> str:
-        """The adversarial game, and a regularisation of its discriminator, are other programs."""
-        kind = self._game.plays(step), self._game.regularizes(step)
-        new = kind not in self._compiled and self._compiled
+        """Adversarial steps, and those that regularise the discriminator, are other programs."""
+        adversarial, regularizing = kind = self._game.plays(step), self._game.regularizes(step)
+        known = not self._compiled or kind in self._compiled
         self._compiled.add(kind)
-        return "compiling the adversarial step" if new else ""
+        if known:
+            return ""
+        what = "adversarial step" if adversarial else "step"
+        return f"compiling the {what}{' with R1' if regularizing else ''}"
 
     def _init(self, images):
         return self._game.init(prepare_images(self.config, images))
