@@ -138,7 +138,14 @@ def test_compiled_programs_are_read_again_and_damage_does_no_harm(tmp_path):
     base = {k: v for k, v in ENVIRONMENT.items() if k != "JAX_COMPILATION_CACHE_DIR"}
 
     def result():
-        done = programs.run([sys.executable, "-c", code], env=base | environment, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=base | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         return done.stdout.split()
 
