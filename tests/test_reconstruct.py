@@ -241,12 +241,12 @@ def test_command_line(export, folder, tmp_path):
         return programs.run([*command, *arguments], timeout=300)
 
     good = run(
-        f"--input={folder / 'a.png'},{folder / 'broken.png'}", f"--output={tmp_path / 'out'}"
+        f"--dataset={folder / 'a.png'},{folder / 'broken.png'}", f"--output={tmp_path / 'out'}"
     )
     assert good.returncode == 0, good.stderr
     assert "skipped: " in good.stderr and "broken.png" in good.stderr
     assert "mean of 1" in good.stdout and "Traceback" not in good.stderr
-    bad = run(f"--input={folder / 'broken.png'}", f"--output={tmp_path / 'other'}")
+    bad = run(f"--dataset={folder / 'broken.png'}", f"--output={tmp_path / 'other'}")
     assert bad.returncode == 1 and "Traceback" not in bad.stderr
     assert bad.stderr.splitlines()[-1].startswith("error: None of the 1 images")
 

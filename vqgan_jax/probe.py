@@ -26,7 +26,7 @@ def define_flags() -> None:
             "validation_split", "validation", "The split that they are evaluated on."
         )
         flags.DEFINE_integer(
-            "images", 0, "At most so many images of each split; 0 for all.", lower_bound=0
+            "num_images", 0, "At most so many images of each split; 0 for all.", lower_bound=0
         )
         flags.DEFINE_string("data_dir", "", "Where data sets are; by default as in training.")
     with group("How"):
@@ -61,7 +61,7 @@ def main() -> None:
         options.dataset,
         options.train_split,
         options.validation_split,
-        options.images,
+        options.num_images,
         options.batch_size,
         options.data_dir,
     )

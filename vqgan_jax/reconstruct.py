@@ -1,7 +1,7 @@
 """Reconstructs images with a tokenizer and measures the reconstructions.
 
-    python -m vqgan_jax.reconstruct --checkpoint=runs/quickstart --input=photos --output=seen
-    python -m vqgan_jax.reconstruct --checkpoint=runs/quickstart --input=validation --output=seen
+    python -m vqgan_jax.reconstruct --checkpoint=runs/quickstart --dataset=photos --output=seen
+    python -m vqgan_jax.reconstruct --checkpoint=runs/quickstart --dataset=validation --output=seen
 
 The output holds a PNG for each image, the input on the left and its reconstruction on the right;
 the overview `grid.png`; and `metrics.json` with PSNR, SSIM and LPIPS of each image, their means,
@@ -19,10 +19,10 @@ def define_flags() -> None:
     with group("Input and output"):
         flags.DEFINE_string("checkpoint", None, "The tokenizer: a run, a checkpoint or an export.")
         flags.DEFINE_list(
-            "input",
+            "dataset",
             None,
-            "Images: files and folders, or the word validation for the validation split that the "
-            "tokenizer was trained with.",
+            "Images: files, folders, the name of a data set, of which the validation split is "
+            "taken, or the word validation for that of the tokenizer's own training.",
         )
         flags.DEFINE_string("output", None, "A new directory.")
         flags.DEFINE_integer(
@@ -42,7 +42,7 @@ def define_flags() -> None:
         flags.DEFINE_integer(
             "batch_size", 8, "Images of one size that are processed together.", lower_bound=1
         )
-    require("checkpoint", "input", "output")
+    require("checkpoint", "dataset", "output")
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
     options = flags.FLAGS
     reconstruct(
         options.checkpoint,
-        options.input,
+        options.dataset,
         options.output,
         options.batch_size,
         options.resize,

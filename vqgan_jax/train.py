@@ -1,11 +1,13 @@
 """Trains a tokenizer or a transformer; the same command resumes a stopped run.
 
     python -m vqgan_jax.train --config=quickstart
-    python -m vqgan_jax.train --config=vqgan_f16:folder=photos --workdir=runs/photos
+    python -m vqgan_jax.train --config=quickstart:./photos --workdir=runs/photos
+    python -m vqgan_jax.train --workdir=runs/photos --config.training.num_steps=2000
     python -m vqgan_jax.train --list
 
---config=NAME:VARIANT picks a config and a variant of it, --config.KEY=VALUE changes a key. The exit
-code is 75 where the run was stopped with its state saved.
+--config=NAME:VARIANT picks a config and a variant of it, --config.KEY=VALUE changes a key; without
+--config the run in --workdir is resumed with its own. The exit code is 75 where the run was stopped
+with its state saved.
 """
 
 import pathlib
@@ -14,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vqgan_jax import command_line, distributed
+from vqgan_jax.command_line.configs import STORED_CONFIG
 from vqgan_jax.command_line.help import SEVERAL_PROCESSES, group
 from vqgan_jax.configuration import ConfigError, validate
 
@@ -24,7 +27,7 @@ def define_flags() -> None:
         config_flags.DEFINE_config_file(
             "config",
             None,
-            "(required) The experiment: a config's name as --list shows it, or a file; after a "
+            "The experiment: a config's name as --list shows it, or a file; after a "
             "colon its variant. --config.KEY=VALUE changes a key.",
         )
         flags.DEFINE_string(
@@ -62,7 +65,8 @@ def main() -> None:
 
         print(*described_config(config), sep="\n")
         return
-    command_line.announce(f"train {path} -> {workdir}")
+    shown = f"{workdir} as its own config says" if path == str(STORED_CONFIG) else path
+    command_line.announce(f"train {shown} -> {workdir}")
     distributed.join()
     import jax
 

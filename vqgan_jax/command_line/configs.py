@@ -3,7 +3,7 @@
 import ast
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict
 
@@ -12,6 +12,8 @@ import vqgan_jax
 _PACKAGE = pathlib.Path(vqgan_jax.__file__).parent
 # Of an installed package, and of a checkout.
 FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+STORED_CONFIG = pathlib.Path(__file__).with_name("stored_config.py")
 
 
 def config_files() -> dict[str, pathlib.Path]:
@@ -38,6 +40,18 @@ def with_config_found(argument: str) -> str:
         if found := config_files().get(path.name.removesuffix(".py")):
             return f"{flag}{_shown(found)}{colon}{variant}"
     return argument
+
+
+def with_stored_config(arguments: Sequence[str]) -> list[str]:
+    """A command's arguments, where only --workdir is given with the config of the run there."""
+    arguments = list(arguments)
+    if any(argument.startswith(("--config=", "-config=")) for argument in arguments):
+        return arguments
+    for argument in arguments[1:]:
+        flag, _, workdir = argument.partition("=")
+        if flag in ("--workdir", "-workdir") and workdir:
+            return [arguments[0], f"--config={STORED_CONFIG}:{workdir}", *arguments[1:]]
+    return arguments
 
 
 def _shown(path: pathlib.Path) -> str:

@@ -17,6 +17,9 @@ from vqgan_jax.configuration.common import (
     to_json,
     tuples,
 )
+from vqgan_jax.configuration.common import (
+    dataset_name as dataset_name,
+)
 from vqgan_jax.configuration.documents import parse_json
 from vqgan_jax.configuration.ranges import defaults
 from vqgan_jax.configuration.tokenizer import (

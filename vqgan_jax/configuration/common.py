@@ -54,7 +54,7 @@ def base_sections(stage: str) -> dict[str, Any]:
             accumulate=number(1, 1, 2**20),  # micro-batches an update
         ),
         data=dict(
-            name="earth",  # "earth", "folder:PATH" or a tensorflow-datasets name
+            name="earth",  # "earth", a folder (with a / in it) or a tensorflow-datasets name
             data_dir="",  # empty = $VQGAN_JAX_DATA or ~/.cache/vqgan_jax
             train_split="train",
             validation_split="validation",
@@ -143,6 +143,18 @@ def parse_argument(argument: str, **defaults) -> ConfigDict:
                 f"the config's argument {part!r} needs a value like {defaults[key]!r}."
             ) from None
     return ConfigDict(parsed)
+
+
+def dataset_name(text: str) -> str:
+    """A data set as configs store it: what a person wrote, with `folder:` in front of a path.
+
+    A path is what begins as one (`/`, `./`, `../`, `~`), ends in `/`, or is a folder that there is;
+    `earth` and what else has no such form is a name.
+    """
+    if text.startswith("folder:") or text == "earth":
+        return text
+    is_path = text.startswith(("/", "./", "../", "~")) or text.endswith("/") or os.path.isdir(text)
+    return f"folder:{text}" if is_path else text
 
 
 def to_json(config: ConfigDict) -> str:

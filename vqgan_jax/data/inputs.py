@@ -53,7 +53,8 @@ def list_pictures(
     """The pictures of each input, in order; no file is opened yet.
 
     Args:
-        inputs: files, folders with all below them, or the word "validation".
+        inputs: files, folders with all below them, names of data sets, of which the validation
+            split is taken, or the word "validation" for that of the tokenizer's training.
         config: of the tokenizer.
         smallest: pixels that a picture must have in each direction.
         resize: shorter side in pixels before the crop; None takes the pixels as they are.
@@ -65,16 +66,17 @@ def list_pictures(
     """
     sources = []  # (path relative to the input, where it comes from, what gives its pixels)
     for item in inputs:
-        if item == VALIDATION:
-            for i, image in enumerate(evaluation_images(config, validation_images)):
-                origin = f"picture {i} of {config.data.name} {config.data.validation_split}"
+        if item == VALIDATION or _is_named(item):
+            own = config if item == VALIDATION else _with_dataset(config, item)
+            for i, image in enumerate(evaluation_images(own, validation_images)):
+                origin = f"picture {i} of {own.data.name} {own.data.validation_split}"
                 get_pixels = functools.partial(np.asarray, image)
                 sources.append((PurePath(f"{VALIDATION}-{i:04}"), origin, get_pixels))
         else:
-            for path, relative in find_files(Path(expand_user(item))):
+            for path, relative in find_files(Path(expand_user(item.removeprefix("folder:")))):
                 sources.append((relative, str(path), functools.partial(_decode, path, config)))
     if not sources:
-        where = ", ".join(inputs) or "an empty --input"
+        where = ", ".join(inputs) or "an empty --dataset"
         raise DataError(f"There are no images in {where} ({', '.join(SUFFIXES)}).")
     names = unique_names([relative for relative, _, _ in sources], reserved)
     return [
@@ -83,6 +85,18 @@ def list_pictures(
         )
         for name, (_, origin, get_pixels) in zip(names, sources, strict=True)
     ]
+
+
+def _is_named(item: str) -> bool:
+    """Whether it is the name of a data set, and no path."""
+    return not Path(item).exists() and item.partition("/")[0].isidentifier() and "." not in item
+
+
+def _with_dataset(config: ConfigDict, name: str) -> ConfigDict:
+    """The config with the validation split of another data set."""
+    config = config.copy_and_resolve_references()
+    config.data.update(name=name, image_key="image", validation_split="validation")
+    return config
 
 
 def find_files(root: Path) -> list[tuple[Path, PurePath]]:
@@ -96,7 +110,7 @@ def find_files(root: Path) -> list[tuple[Path, PurePath]]:
     if not root.is_dir():
         raise DataError(
             f"There is no file or folder {root}. A path with a comma is quoted: "
-            """--input='"a,b.png"'."""
+            """--dataset='"a,b.png"'."""
         )
     found = [Path(path) for path in list_files(root, SUFFIXES).files]
     return [(path, path.relative_to(root)) for path in sorted(found)]

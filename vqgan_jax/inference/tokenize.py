@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from vqgan_jax import distributed
 from vqgan_jax.checkpoints.directory_lock import locked
+from vqgan_jax.configuration import dataset_name
 from vqgan_jax.configuration.memory import require_memory
 from vqgan_jax.data.augmentations import AllViews, list_views
 from vqgan_jax.data.code_manifest import ORIGIN, CodesInfo
@@ -182,6 +183,7 @@ def set_data(
     resolution: int | None,
 ) -> None:
     """Changes a tokenizer's `config.data` to what is to be encoded; see `tokenize`."""
+    dataset = dataset_name(dataset)
     if dataset and dataset != data.name:
         data.name, data.image_key, data.folder_rules = dataset, "image", RULES
     data.image_key = image_key or data.image_key

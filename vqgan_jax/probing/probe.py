@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vqgan_jax.checkpoints.directory_lock import is_empty
+from vqgan_jax.configuration import dataset_name
 from vqgan_jax.errors import DataError
 
 RESULTS, CHART, CLASSIFIER, FINETUNED = "probe.json", "probe.png", "classifier", "finetuned"
@@ -186,7 +187,7 @@ def open_data(config, data: Data) -> Sequence[str]:
 
     if data.images < 0 or data.batch_size < 1:
         raise DataError("--images must not be negative, and --batch_size must be at least 1.")
-    config.data.name = data.dataset or config.data.name
+    config.data.name = dataset_name(data.dataset) or config.data.name
     config.data.data_dir = data.data_dir or config.data.data_dir
     names = []
     for split in (data.train_split, data.validation_split):

@@ -34,7 +34,9 @@ from vqgan_jax.training.phases import (
 from vqgan_jax.training.progress import Progress
 from vqgan_jax.training.run_files import (
     EVALUATION_FILE,
+    changed_keys,
     set_aside_others,
+    stored_config,
     stored_figures,
     warn_of_lost_lines,
     with_stored_rules,
@@ -175,7 +177,9 @@ def train(
         if jax.process_index() == 0:
             stack.enter_context(locked(workdir))
         set_aside_others(workdir)
-        config = with_stored_rules(config, workdir)
+        config = with_stored_rules(config, workdir).copy_and_resolve_references()
+        config.data.name = configuration.dataset_name(config.data.name)
+        stored = stored_config(workdir)
         mesh = make_mesh(config.mesh, devices)
         say(device_line(list(mesh.devices.flat)), flush=True)
         stage = make_stage(config, mesh, workdir)
@@ -198,6 +202,10 @@ def train(
         if restored:
             state = restored[1]
             say(f"Going on from step {start} in {workdir}.")
+            changed = changed_keys(config, stored) if stored else []
+            more = [f"and {len(changed) - 8} more"] if changed[8:] else []
+            if changed:
+                say(f"changed since then: {', '.join(changed[:8] + more)}")
         else:
             say("initialising the parameters", flush=True)
             first = next(batches)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pathlib
+from collections.abc import Iterator
 
 import jax
 from ml_collections import ConfigDict
@@ -68,6 +69,24 @@ def with_stored_rules(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.data.folder_rules = stored.data.folder_rules
     return config
+
+
+def changed_keys(config: ConfigDict, stored: ConfigDict) -> list[str]:
+    """ "KEY OLD -> NEW" of each key whose value is another than in the stored config."""
+    ours, theirs = (dict(_flat(json.loads(configuration.to_json(c)))) for c in (config, stored))
+    return [
+        f"{key} {json.dumps(theirs[key])} -> {json.dumps(value)}"
+        for key, value in ours.items()
+        if key in theirs and theirs[key] != value
+    ]
+
+
+def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def read_figures(file: pathlib.Path) -> dict[str, float]:
