@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import programs
 import training_runs as runs
 from vqgan_jax.__main__ import COMMANDS
 from vqgan_jax.command_line import compiled_programs, configs
+from vqgan_jax.configuration import dataset_name
 from vqgan_jax.training.stopping import InterruptWatch
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(runs.ROOT), "COLUMNS": "80"}
@@ -83,6 +85,46 @@ def test_config_key_by_key(tmp_path):
     lines = done.stdout.splitlines()
     assert "config.seed = 7" in lines and "config.model.channel_multipliers = [1, 1, 2]" in lines
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_path_is_a_folder_wherever_a_data_set_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "earth").mkdir()
+    for path in (
+        "photos",
+        "photos/",
+        "./photos",
+        "./missing",
+        "../x",
+        "/data/x",
+        "~/x",
+        "missing/",
+    ):
+        assert dataset_name(path) == f"folder:{path}"
+        assert dataset_name(f"folder:{path}") == f"folder:{path}"
+    for name in ("earth", "earth/128", "cifar10", "imagenette/320px-v2", ""):
+        assert dataset_name(name) == name
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_without_its_config(reference_run, tmp_path):
+    """With what it was begun with, and the changes on top of it."""
+    workdir = shutil.copytree(reference_run, tmp_path / "run")
+    last = runs.steps(workdir)[-1]
+    for changes, words in (
+        ([], [f"it has all its {last} steps."]),
+        ([f"--config.training.num_steps={last + 1}"], [
+            f"Going on from step {last} in ",
+            f"changed since then: training.num_steps {last} -> {last + 1}\n",
+        ]),
+    ):  # fmt: skip
+        done = run("-m", "vqgan_jax.train", f"--workdir={workdir}", *changes, XLA_FLAGS="")
+        assert done.returncode == 0, done.stderr
+        assert all(word in done.stdout for word in words), done.stdout
+    assert runs.steps(workdir)[-1] == last + 1
+    nothing = run("-m", "vqgan_jax.train", f"--workdir={tmp_path / 'none'}")
+    assert nothing.returncode == 1 and "holds no run with a checkpoint" in nothing.stderr
 
 
 # ---- Compiled programs.

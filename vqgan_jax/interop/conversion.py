@@ -74,9 +74,7 @@ def _convert_tokenizer(checkpoint_file: Path, project: Mapping, output: Path, we
     print(f"  discriminator  {'no' if discriminator is None else 'yes, for fine-tuning'}")
     print(f"  left out       {_listed(left_out)}")
     print(f"Wrote {output}. To see what it makes of images:")
-    print(
-        f"  python -m vqgan_jax.reconstruct --checkpoint={output} --dataset=PICTURES --output=seen"
-    )
+    print(f"  python -m vqgan_jax.reconstruct --checkpoint={output} --dataset=FOLDER --output=seen")
 
 
 def _convert_transformer(
