@@ -20,6 +20,25 @@ from vqgan_jax.command_line.configs import STORED_CONFIG
 from vqgan_jax.command_line.help import SEVERAL_PROCESSES, group
 from vqgan_jax.configuration import ConfigError, validate
 
+# What the figures of an evaluation are, for people.
+_MEANINGS = {
+    "psnr": "PSNR in dB, higher is better",
+    "ssim": "SSIM, at most 1, higher is better",
+    "lpips": "LPIPS, lower is better",
+    "l1": "mean absolute error, of pixels in [-1, 1]",
+    "l2": "mean squared error, of pixels in [-1, 1]",
+    "reconstruction_loss": "reconstruction loss",
+    "pixel_accuracy": "share of pixels with the right label",
+    "codebook_usage": "share of the codes that are used",
+    "codebook_perplexity": "perplexity of the codes: how many are used, as if equally often",
+    "images": "images of the evaluation",
+    "cross_entropy": "cross-entropy per code in nats, lower is better",
+    "bits_per_code": "bits per code, lower is better",
+    "perplexity": "perplexity per code",
+    "code_frequency_bits": "bits per code by the codes' frequencies alone",
+    "left_neighbour_bits": "bits per code by the left neighbour alone",
+}
+
 
 def define_flags() -> None:
     """The flags of this command."""
@@ -81,9 +100,15 @@ def main() -> None:
     figures = train(config, workdir, started=command_line.STARTED)
     if jax.process_index() != 0:
         return
+    width = max(len(_MEANINGS.get(name, name)) for name in figures)
     for name, value in figures.items():
-        print(f"{name:>22}  {value:.4g}")
-    print(f"Pictures are in {workdir}/images, all figures in {workdir}/metrics.jsonl.")
+        print(f"  {_MEANINGS.get(name, name):<{width}}  {value:.4g}")
+    print(f"Pictures are in {workdir}/images, all figures in {workdir}/metrics.jsonl. Next:")
+    if config.stage == "tokenizer":
+        command = f"reconstruct --checkpoint={workdir} --dataset=FOLDER --output=seen"
+    else:
+        command = f"sample --checkpoint={workdir} --output=samples"
+    print(f"  python -m vqgan_jax.{command}")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ class Stage(Protocol):
 
 def make_stage(config: ConfigDict, mesh: Mesh, workdir: pathlib.Path) -> Stage:
     """The stage that a config names, with its data open and checked."""
+    config = config.copy_and_resolve_references()
+    config.data.name = configuration.dataset_name(config.data.name)
     if config.stage == "transformer":
         return TransformerStage(config, mesh, workdir)
     return TokenizerStage(config, mesh)
@@ -177,8 +179,7 @@ def train(
         if jax.process_index() == 0:
             stack.enter_context(locked(workdir))
         set_aside_others(workdir)
-        config = with_stored_rules(config, workdir).copy_and_resolve_references()
-        config.data.name = configuration.dataset_name(config.data.name)
+        config = with_stored_rules(config, workdir)
         stored = stored_config(workdir)
         mesh = make_mesh(config.mesh, devices)
         say(device_line(list(mesh.devices.flat)), flush=True)
