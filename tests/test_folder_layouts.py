@@ -17,7 +17,7 @@ from vqgan_jax.configuration import (
 )
 from vqgan_jax.data.folders import FolderSource
 from vqgan_jax.data.listing import list_files
-from vqgan_jax.data.splits import list_folder, split_of
+from vqgan_jax.data.splits import RULES, list_folder, split_of
 from vqgan_jax.describe import describe
 from vqgan_jax.errors import DataError
 
@@ -158,8 +158,8 @@ def test_what_was_begun_before_keeps_its_rules(tmp_path):
     assert new.class_names == ("c",) and new.ignored_folders == ("10", "9")
     config = tokenizer_config()
     text = configuration.to_json(config)
-    assert configuration.from_json(text).data.folder_rules == config.data.folder_rules == 2
-    assert configuration.from_json(text.replace('"folder_rules": 2,', "")).data.folder_rules == 1
+    assert configuration.from_json(text).data.folder_rules == config.data.folder_rules == RULES
+    assert configuration.from_json(text.replace('"folder_rules": 3,', "")).data.folder_rules == 1
 
 
 def test_each_real_folder_once(tmp_path):
@@ -267,3 +267,18 @@ def test_what_is_neither_a_path_nor_a_data_set():
     words = "There is no file or folder nowhere. There is no data set called 'nowhere'"
     with pytest.raises(DataError, match=words):
         describe("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out"), [(20, 1), (63, 4), (64, 16), (100, 17), (319, 17), (320, 16), (1000, 50)]
+)
+def test_a_folder_without_splits_holds_out_enough(tmp_path, count, held_out):
+    """5 %, and 16 images at least where there are 64; runs of before keep every 20th."""
+    for index in range(count):
+        (tmp_path / f"{index:04}.png").touch()
+    splits = list_folder(tmp_path).splits
+    assert (len(splits["validation"]), len(splits["train"])) == (held_out, count - held_out)
+    assert not set(splits["validation"]) & set(splits["train"])
+    for rules in (1, 2):
+        before = list_folder(tmp_path, rules).splits
+        assert before["validation"] == before["all"][::20]

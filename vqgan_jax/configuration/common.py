@@ -60,7 +60,7 @@ def base_sections(stage: str) -> dict[str, Any]:
             validation_split="validation",
             image_key="image",
             # Which folders are splits, see `data.splits`; 1 = as in older runs
-            folder_rules=number(2, 1, 2),
+            folder_rules=number(3, 1, 3),
             # An image of more is refused before it is decoded
             max_pixels=number(300_000_000, 1, 10**11),
             # Of pictures in 32-bit integers or floats, what is black and white; (0, 0) = 0 to 65535

@@ -140,7 +140,7 @@ class CodesInfo:
     images_per_shard: Positive
     conditions: tuple[ConditionInfo, ...] = ()
     depth: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
-    folder_rules: Annotated[int, msgspec.Meta(ge=1, le=2)] = 1
+    folder_rules: Annotated[int, msgspec.Meta(ge=1, le=3)] = 1
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for what no pass writes."""

@@ -38,7 +38,7 @@ from vqgan_jax.data.decoding import (
 )
 from vqgan_jax.data.listing import list_files
 from vqgan_jax.data.sources import Feature
-from vqgan_jax.data.splits import HOLD_OUT, RULES, FolderListing, list_folder, split_of
+from vqgan_jax.data.splits import RULES, FolderListing, held_out_stride, list_folder, split_of
 from vqgan_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -143,10 +143,10 @@ def _why_empty(listing: FolderListing, split: str) -> str:
     everything = listing.splits.get("all", ())
     if not everything or split not in ("train", "validation"):
         return f"The split {split!r} of {listing.base} has no images ({', '.join(SUFFIXES)})."
-    held_out = len(listing.splits["validation"])
+    held_out, stride = len(listing.splits["validation"]), held_out_stride(len(everything))
     return (
         f"The split {split!r} of {listing.base} has no images: of {len(everything)} in all, one of "
-        f"{HOLD_OUT}, from the first on, is for validation ({held_out}), and "
+        f"{stride}, from the first on, is for validation ({held_out}), and "
         f"{len(everything) - held_out} are for training. To train on all of them and see how well "
         "they can be learned by heart, set config.data.train_split=all and "
         "config.data.validation_split=all."

@@ -31,7 +31,10 @@ from vqgan_jax.data.listing import FolderFiles, list_files
 from vqgan_jax.errors import DataError
 
 HOLD_OUT = 20  # one image of so many is for validation
-RULES = 2  # those above; 1 are those of runs and codes that were made before there were others
+FEWEST_HELD_OUT, ENOUGH_IMAGES = 16, 64  # at least so many of them, where there are so many in all
+# Those above. 2 always hold out one of 20; 1 are those of runs and codes that were made before
+# there were others.
+RULES = 3
 SPLITS = ("train", "validation", "test")
 _WORDS = {
     "train": ("train", "training"),
@@ -105,8 +108,9 @@ def list_folder(
 
     Args:
       root: the folder.
-      rules: 2, or 1 for those of before: splits are folders of four exact names alone, any other
-        sub-folder makes all of them classes, and classes are sorted as text.
+      rules: 3; 2 hold out every 20th image of a folder without splits, however few that are; of 1,
+        splits are folders of four exact names alone, any other sub-folder makes all of them
+        classes, and classes are sorted as text.
       features: names of folders beside the splits that are read as other pictures of the images.
 
     Raises:
@@ -144,8 +148,9 @@ def list_folder(
             notes.append(f"{base} has no folder of training images: all beside {_named(folders)}.")
     if not folders:
         splits["all"] = splits["train"]
-        splits["validation"] = splits["all"][::HOLD_OUT]
-        splits["train"] = [image for i, image in enumerate(splits["all"]) if i % HOLD_OUT]
+        stride = held_out_stride(len(splits["all"]), rules)
+        splits["validation"] = splits["all"][::stride]
+        splits["train"] = [image for i, image in enumerate(splits["all"]) if i % stride]
     names = {name for images in splits.values() for _, name in images if name}
     of_features = [os.path.join(base, key) for key in (*features, *_feature_names(base, tree))]
     left_out = collections.Counter()
@@ -162,6 +167,16 @@ def list_folder(
         tuple(sorted(os.path.relpath(path, root) for path in ignored)),
         tuple(notes),
     )
+
+
+def held_out_stride(count: int, rules: int = RULES) -> int:
+    """Of which number of images the first one is for validation, where no folder is.
+
+    One of 20 (5 %); of 64 images or more at least 16, without which figures say little.
+    """
+    if rules < 3 or count < ENOUGH_IMAGES:
+        return HOLD_OUT
+    return min(HOLD_OUT, count // FEWEST_HELD_OUT)
 
 
 def opening_line(name: str, rules: int) -> str | None:

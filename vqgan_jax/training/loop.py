@@ -46,6 +46,8 @@ from vqgan_jax.training.stopping import Preempted, StopSignal
 from vqgan_jax.training.tokenizer_stage import TokenizerStage
 from vqgan_jax.training.transformer_stage import TransformerStage
 
+FEW_IMAGES = 100  # of an evaluation
+
 
 class Stage(Protocol):
     """What the loop needs to know of a model, its data and its steps.
@@ -186,6 +188,12 @@ def train(
         stage = make_stage(config, mesh, workdir)
         config, training = stage.config, stage.config.training
         say(*stage.opening_lines(), sep="\n", flush=True)
+        if stage.num_evaluated < FEW_IMAGES:
+            say(
+                f"note: figures of {stage.num_evaluated} images for validation vary by chance; "
+                f"{FEW_IMAGES} or more tell models apart",
+                flush=True,
+            )
         _check_memory(stage)
 
         # ---- The state: of the newest checkpoint, or born on the devices from the first batch.
