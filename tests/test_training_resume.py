@@ -65,7 +65,7 @@ def test_finished_run_changes_nothing(reference_run):
     before = runs.fingerprint(reference_run)
     output, errors = runs.run(reference_run)
     assert "is finished: it has all its 14 steps." in output
-    assert "psnr" in output and errors == ""
+    assert "PSNR in dB" in output and errors == ""
     assert runs.fingerprint(reference_run) == before
 
 
