@@ -42,6 +42,7 @@ _LOSS_SECONDS, _LONG_LOSS_SECONDS = 1.0, LIVENESS_SECONDS + 10.0
 # In errors of JAX about the connections between processes, all of which are alive. Gloo, which
 # joins CPUs, waits 30 s for one that is still compiling.
 _INTERRUPT_SECONDS = 0.5  # for the main thread to come to an instruction
+_UNWINDING_SECONDS = 2.0  # for it to leave what it was in; there is nothing to save
 _CONNECTION_WORDS = ("Gloo", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 
@@ -60,7 +61,9 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
 
     def answer(count: int) -> None:
         """Ends the program where its main thread does not, as while it compiles."""
-        if distributed.is_alone() and (count > 1 or not handled.wait(_INTERRUPT_SECONDS)):
+        if count == 1 and handled.wait(_INTERRUPT_SECONDS):
+            time.sleep(_UNWINDING_SECONDS)
+        if distributed.is_alone():
             end_at_once()
 
     signal.signal(signal.SIGINT, interrupt)
