@@ -31,6 +31,6 @@ def _interrupted(_number, _frame):
 
 # python -m vqgan_jax, python -m vqgan_jax.NAME, and the program vqgan-jax
 if any(f"{part}.".startswith("vqgan_jax.") for part in sys.orig_argv[1:4]) or (
-    os.path.basename(sys.argv[0]) == "vqgan-jax"
+    os.path.basename((sys.argv or [""])[0]) == "vqgan-jax"
 ):
     signal.signal(signal.SIGINT, _interrupted)  # until `command_line.run` takes over
