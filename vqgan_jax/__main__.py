@@ -1,6 +1,7 @@
 """Lists the commands, or runs one: `python -m vqgan_jax`, `vqgan-jax train --config=quickstart`."""
 
 import ast
+import contextlib
 import difflib
 import pathlib
 import runpy
@@ -13,10 +14,11 @@ COMMANDS = ("train", "tokenize", "sample", "reconstruct", "describe", "probe", "
 def main() -> None:
     """Runs the command that is named first, or lists all."""
     if len(sys.argv) < 2 or sys.argv[1] in ("--help", "-h", "help"):
-        print("Usage: vqgan-jax COMMAND --help, or python -m vqgan_jax.COMMAND --help\n")
-        for name in COMMANDS:
-            print(f"  {name:<11} {_title(name)}")
-        print("\nFirst steps: vqgan-jax train --config=quickstart")
+        lines = ["Usage: vqgan-jax COMMAND --help, or python -m vqgan_jax.COMMAND --help", ""]
+        lines += [f"  {name:<11} {_title(name)}" for name in COMMANDS]
+        lines += ["", "First steps: vqgan-jax train --config=quickstart"]
+        with contextlib.suppress(BrokenPipeError):
+            print("\n".join(lines), flush=True)
         return
     name = sys.argv.pop(1)
     if name not in COMMANDS:
