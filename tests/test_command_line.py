@@ -71,6 +71,13 @@ def test_configs_by_name(tmp_path, monkeypatch):
         assert found == f"--config={quickstart}:photos"
     for other in ("--config=nowhere", "--config=mine/quickstart.py", "--output=quickstart"):
         assert configs.with_config_found(other) == other
+    for given in (
+        ["x", "--config", "quickstart", "--workdir", "new"],
+        ["x", "--config=quickstart"],
+    ):
+        assert configs.with_stored_config(configs.joined(given))[1] == "--config=quickstart"
+    resumed = configs.with_stored_config(configs.joined(["x", "--workdir", "runs/a"]))
+    assert resumed == ["x", f"--config={configs.STORED_CONFIG}:runs/a", "--workdir=runs/a"]
     pathlib.Path("quickstart").write_text("")
     assert configs.with_config_found("--config=quickstart") == "--config=quickstart"
 

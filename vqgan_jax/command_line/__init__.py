@@ -27,7 +27,7 @@ from absl import app, flags
 
 from vqgan_jax import distributed
 from vqgan_jax.command_line.compiled_programs import keep_compiled_programs
-from vqgan_jax.command_line.configs import with_config_found, with_stored_config
+from vqgan_jax.command_line.configs import joined, with_config_found, with_stored_config
 from vqgan_jax.command_line.help import help_text
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.errors import DataError
@@ -155,7 +155,7 @@ def _parse(arguments):
             print(help_text(sys.modules["__main__"], full="--helpfull" in wanted), flush=True)
         sys.exit(0)
     try:
-        return flags.FLAGS(list(map(with_config_found, with_stored_config(arguments))))
+        return flags.FLAGS(list(map(with_config_found, with_stored_config(joined(arguments)))))
     except KeyboardInterrupt:
         end_at_once()
     except SystemExit:  # absl has shown the help, and would end with an error's exit code

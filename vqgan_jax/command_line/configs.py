@@ -13,6 +13,7 @@ _PACKAGE = pathlib.Path(vqgan_jax.__file__).parent
 # Of an installed package, and of a checkout.
 FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
+_JOINED = ("config", "tokenizer_config", "workdir")
 STORED_CONFIG = pathlib.Path(__file__).with_name("stored_config.py")
 
 
@@ -40,6 +41,17 @@ def with_config_found(argument: str) -> str:
         if found := config_files().get(path.name.removesuffix(".py")):
             return f"{flag}{_shown(found)}{colon}{variant}"
     return argument
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which `--config NAME` and `--workdir DIR` are one word, as `--config=NAME`."""
+    found: list[str] = []
+    for argument in arguments:
+        if found and found[-1].lstrip("-") in _JOINED and found[-1].startswith("-"):
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return found
 
 
 def with_stored_config(arguments: Sequence[str]) -> list[str]:
