@@ -52,6 +52,14 @@ def test_help(command, tmp_path):
         assert "--process_id" in run("-m", f"vqgan_jax.{command}", "--helpfull").stdout
 
 
+def test_every_flag_is_in_the_help():
+    """Also of a program that is no command of the list."""
+    shown = run("-m", "vqgan_jax.data.earth_maps", "--help").stdout
+    for flag in ("output", "west", "north", "height", "width"):
+        assert f"  --{flag}=" in shown
+    assert "(required)" in shown
+
+
 def test_list_of_commands():
     listed = run("-m", "vqgan_jax")
     assert [line.split()[0] for line in listed.stdout.splitlines()[2 : 2 + len(COMMANDS)]] == [

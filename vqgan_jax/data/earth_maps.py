@@ -13,6 +13,7 @@ from absl import flags
 from PIL import Image
 
 from vqgan_jax import command_line
+from vqgan_jax.command_line.help import group, require
 from vqgan_jax.data.earth import GRID, PIXELS_PER_DEGREE, load_rasters
 from vqgan_jax.data.packages import default_data_dir
 from vqgan_jax.errors import DataError
@@ -57,14 +58,17 @@ def main() -> None:
     print(f"{output} has {', '.join(f'{key}.png' for key in parts)}.")
 
 
-def _define_flags() -> None:
-    flags.DEFINE_string("output", None, "A new directory.", required=True)
-    flags.DEFINE_float("west", 2.0, "Degrees of longitude of the left side.")
-    flags.DEFINE_float("north", 55.0, "Degrees of latitude of the upper side.")
-    flags.DEFINE_integer("height", 256, "Pixels, 15 a degree.")
-    flags.DEFINE_integer("width", 512, "Pixels, 15 a degree.")
+def define_flags() -> None:
+    """The flags of this command."""
+    with group("Flags"):
+        flags.DEFINE_string("output", None, "A new directory.")
+        flags.DEFINE_float("west", 2.0, "Degrees of longitude of the left side.")
+        flags.DEFINE_float("north", 55.0, "Degrees of latitude of the upper side.")
+        flags.DEFINE_integer("height", 256, "In pixels, 15 a degree.")
+        flags.DEFINE_integer("width", 512, "In pixels, 15 a degree.")
+    require("output")
 
 
 if __name__ == "__main__":
-    _define_flags()
+    define_flags()
     command_line.run(main)
