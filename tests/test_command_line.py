@@ -90,6 +90,7 @@ def test_configs_by_name(tmp_path, monkeypatch):
     assert configs.with_config_found("--config=quickstart") == "--config=quickstart"
 
     listed = [*configs.list_configs()]
+    assert max(map(len, listed)) <= 100
     assert {line.split()[0] for line in listed if line[0] != " "} == set(configs.config_files())
     assert "--config=vqgan_f16:earth" in "\n".join(listed)
 

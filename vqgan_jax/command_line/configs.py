@@ -3,6 +3,7 @@
 import ast
 import json
 import pathlib
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict
@@ -13,6 +14,7 @@ _PACKAGE = pathlib.Path(vqgan_jax.__file__).parent
 # Of an installed package, and of a checkout.
 FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
+_COLUMNS = 100
 _JOINED = ("config", "tokenizer_config", "workdir")
 STORED_CONFIG = pathlib.Path(__file__).with_name("stored_config.py")
 
@@ -81,7 +83,9 @@ def list_configs() -> Iterator[str]:
     for name, path in files.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         title = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".:")
-        yield f"{name:<{width}}  {title}"
+        first, *rest = textwrap.wrap(title, _COLUMNS - width - 2) or [""]
+        yield f"{name:<{width}}  {first}"
+        yield from (f"{'':<{width}}  {line}" for line in rest)
         for variant in _variants(tree):
             if variant:
                 yield f"{'':<{width}}  --config={name}:{variant}"

@@ -94,7 +94,12 @@ def _kind(flag: flags.Flag) -> str:
     if choices := getattr(flag.parser, "enum_values", None):
         return "|".join(value for value in choices if value)
     kind = flag.flag_type()
-    kinds = {"int": "N", "float": "X", "comma separated list of strings": "A,B", "config": "FILE"}
+    kinds = {
+        "int": "N",
+        "float": "X",
+        "comma separated list of strings": "A,B",
+        "config object": "NAME",
+    }
     return kinds.get(kind.removeprefix("multi "), "TEXT")
 
 
