@@ -181,13 +181,14 @@ def train(
         if jax.process_index() == 0:
             stack.enter_context(locked(workdir))
         set_aside_others(workdir)
-        config = with_stored_rules(config, workdir)
         stored = stored_config(workdir)
+        config = with_stored_rules(config, stored)
         mesh = make_mesh(config.mesh, devices)
         say(device_line(list(mesh.devices.flat)), flush=True)
         stage = make_stage(config, mesh, workdir)
         config, training = stage.config, stage.config.training
-        say(*stage.opening_lines(), sep="\n", flush=True)
+        if jax.process_index() == 0:
+            print(*stage.opening_lines(), sep="\n", flush=True)
         if stage.num_evaluated < FEW_IMAGES:
             say(
                 f"note: figures of {stage.num_evaluated} images for validation vary by chance; "

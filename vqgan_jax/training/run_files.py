@@ -61,9 +61,8 @@ def stored_config(workdir: pathlib.Path) -> ConfigDict | None:
     return found
 
 
-def with_stored_rules(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
-    """The config with the rules for folders that the run in `workdir` was begun with, if any."""
-    stored = stored_config(workdir)
+def with_stored_rules(config: ConfigDict, stored: ConfigDict | None) -> ConfigDict:
+    """The config with the rules for folders of the config that its run was begun with, if any."""
     if stored is None:
         return config
     config = config.copy_and_resolve_references()

@@ -108,7 +108,8 @@ class TransformerStage:
             for name, tokenizer in self._tokenizers.items()
         }
 
-        limit, validation = config.training.evaluation_images, self._num_images()[1]
+        self._num_images = self._counts()
+        limit, validation = config.training.evaluation_images, self._num_images[1]
         self.num_evaluated = min(limit or validation, validation)
         chip = chip_of(mesh.devices.flat[0])
         num_codes = math.prod(config.model.grid)
@@ -116,8 +117,8 @@ class TransformerStage:
         self._num_codes = num_codes
         self._peak_share = flops / (chip.flops * mesh.devices.size) if chip else None
 
-    def _num_images(self) -> tuple[int, int]:
-        """Of the training and the validation split."""
+    def _counts(self) -> tuple[int, int]:
+        """Images of the training and the validation split."""
         if self._codes is not None:
             return len(self._codes[0]), len(self._codes[1])
         config = self._images_config
@@ -130,7 +131,7 @@ class TransformerStage:
     def opening_lines(self) -> list[str]:
         """The model and the data, for people."""
         parameters = {"model": num_parameters(self.abstract_state.params)}
-        counts = dict(zip(self._splits, self._num_images(), strict=True))
+        counts = dict(zip(self._splits, self._num_images, strict=True))
         name = f"codes {self.config.data.codes}" if self._codes else self.config.data.name
         return [
             model_line(self.config, parameters),
