@@ -272,6 +272,8 @@ def encode_split(
             for _ in range(math.ceil(size / encoder.batch_size)):
                 parts.append(next(results))
                 step += 1
+                if step == 1:  # compiled for
+                    progress.begin(step)
                 if step == total or time.monotonic() - last_report > PROGRESS_SECONDS:
                     progress.report(step, {"shard": shard})
                     last_report = time.monotonic()
