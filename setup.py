@@ -36,7 +36,7 @@ setup(
         "pillow>=11.3",  # decodes images, AVIF since this version, and writes PNG
         "pyyaml>=6.0",  # reads the reference's model descriptions
         "scikit-image>=0.24",  # Canny edges, a condition that every data set has
-        "tqdm>=4.66",  # shows on a terminal how far something is
+        "tqdm>=4.66",  # shows how far a listing of images is, on a terminal
         "filelock>=3.12",  # without it JAX cannot bound the size of its cache of programs
         "tensorboardX>=2.6.4",  # writes TensorBoard events without TensorFlow
     ],

@@ -10,7 +10,7 @@ import pytest
 
 import programs
 import training_runs as runs
-from vqgan_jax import command_line
+from vqgan_jax.training.stopping import INTERRUPTED
 
 COMMANDS = ("train", "tokenize", "sample", "reconstruct", "probe", "convert", "plan", "describe")
 
@@ -28,7 +28,7 @@ def test_ends_of_commands(error):
     done = programs.run([sys.executable, "-c", code], env=_environment(), timeout=60)
     (line,) = done.stderr.splitlines()
     if error is KeyboardInterrupt:
-        assert (done.returncode, line) == (command_line.INTERRUPTED, "Interrupted.")
+        assert (done.returncode, line) == (INTERRUPTED, "Interrupted.")
     else:
         assert done.returncode == 1 and line.startswith("error: There is not enough memory")
 
@@ -66,4 +66,4 @@ def test_ctrl_c_while_a_command_starts(command, seconds, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors, errors
-    assert process.returncode in (0, command_line.INTERRUPTED, -signal.SIGINT)
+    assert process.returncode in (0, INTERRUPTED, -signal.SIGINT)

@@ -32,17 +32,16 @@ from vqgan_jax.command_line.help import help_text
 from vqgan_jax.configuration import ConfigError
 from vqgan_jax.errors import DataError
 from vqgan_jax.peers import LIVENESS_SECONDS, START_AGAIN, HostError
-from vqgan_jax.training.stopping import INTERRUPTED as INTERRUPTED
 from vqgan_jax.training.stopping import InterruptWatch, end_at_once
 
 STARTED = time.time()  # of the process, but for what is imported above
 # For an error to turn out as the consequence of another process's end. What is not an error of
 # ours mostly is one, and the host may just have vanished.
 _LOSS_SECONDS, _LONG_LOSS_SECONDS = 1.0, LIVENESS_SECONDS + 10.0
-# In errors of JAX about the connections between processes, all of which are alive. Gloo, which
-# joins CPUs, waits 30 s for one that is still compiling.
 _INTERRUPT_SECONDS = 0.5  # for the main thread to come to an instruction
 _UNWINDING_SECONDS = 2.0  # for it to leave what it was in; there is nothing to save
+# In errors of JAX about the connections between processes, all of which are alive. Gloo, which
+# joins CPUs, waits 30 s for one that is still compiling.
 _CONNECTION_WORDS = ("Gloo", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 

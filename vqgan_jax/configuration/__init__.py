@@ -11,14 +11,12 @@ from ml_collections import ConfigDict
 
 from vqgan_jax.configuration.common import (
     ConfigError,
+    dataset_name,
     parse_argument,
     require,
     shortened,
     to_json,
     tuples,
-)
-from vqgan_jax.configuration.common import (
-    dataset_name as dataset_name,
 )
 from vqgan_jax.configuration.documents import parse_json
 from vqgan_jax.configuration.ranges import defaults
@@ -40,6 +38,7 @@ from vqgan_jax.errors import DataError
 __all__ = [
     "add_condition_image",
     "ConfigError",
+    "dataset_name",
     "downsampling_factor",
     "from_json",
     "parse_argument",

@@ -54,7 +54,7 @@ def base_sections(stage: str) -> dict[str, Any]:
             accumulate=number(1, 1, 2**20),  # micro-batches an update
         ),
         data=dict(
-            name="earth",  # "earth", a folder (with a / in it) or a tensorflow-datasets name
+            name="earth",  # "earth", a folder or a tensorflow-datasets name
             data_dir="",  # empty = $VQGAN_JAX_DATA or ~/.cache/vqgan_jax
             train_split="train",
             validation_split="validation",
