@@ -7,6 +7,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from vqgan_jax.configuration import tokenizer_config
+from vqgan_jax.data.inputs import list_pictures
 from vqgan_jax.data.sources import Feature, open_source
 from vqgan_jax.errors import DataError, UnreadableImage
 
@@ -126,3 +128,34 @@ def test_other_file_format_is_refused(data_dir, tmp_path):
     (folder / "dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(DataError, match="stored as tfrecord.*random access"):
         open_source("tiny_photographs", "train", tmp_path / "copy")
+
+
+class TinyEvaluated(TinyPhotographs):
+    """One with a test split and none for validation, as many are."""
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+    def _generate_examples(self):
+        return (example for example in super()._generate_examples() if example[0] != 3)
+
+
+def test_a_named_data_set_is_reconstructed_by_what_it_holds_out(data_dir, tmp_path, monkeypatch):
+    """`reconstruct --dataset=NAME`, of a tokenizer that was trained on something else."""
+    monkeypatch.chdir(tmp_path)
+    TinyEvaluated(data_dir=data_dir).download_and_prepare(file_format="array_record")
+    config = tokenizer_config()
+    config.data.update(name="folder:elsewhere", data_dir=str(data_dir))
+    config.model.resolution = 16
+    pictures = list_pictures(["tiny_evaluated"], config, 1, validation_images=2)
+    assert [picture.name for picture in pictures] == ["validation-0000.png", "validation-0001.png"]
+    assert all("tiny_evaluated test" in picture.origin for picture in pictures)
+    assert pictures[0].read().shape == (16, 16, 3)
+    assert config.data.name == "folder:elsewhere"
+    for item, words in (
+        ("tiny_photographs", "no split 'validation'; it has train"),
+        ("./tiny_evaluated", "There is no file or folder"),
+        ("no_such", "no data set called 'no_such'"),
+    ):
+        with pytest.raises(DataError, match=words):
+            list_pictures([item], config, 1)

@@ -21,8 +21,8 @@ def define_flags() -> None:
         flags.DEFINE_list(
             "dataset",
             None,
-            "Images: files, folders, the name of a data set, of which the validation split is "
-            "taken, or the word validation for that of the tokenizer's own training.",
+            "Images: files, folders, the name of a data set, of which the validation or test "
+            "split is taken, or the word validation for that of the tokenizer's own training.",
         )
         flags.DEFINE_string("output", None, "A new directory.")
         flags.DEFINE_integer(

@@ -19,11 +19,13 @@ from vqgan_jax.data.decoding import (
 from vqgan_jax.data.images import to_grey
 from vqgan_jax.data.listing import list_files
 from vqgan_jax.data.pipeline import evaluation_images
+from vqgan_jax.data.sources import open_configured
 from vqgan_jax.data.splits import expand_user
 from vqgan_jax.data.transforms import resize_shorter_side
 from vqgan_jax.errors import DataError
 
 VALIDATION = "validation"
+HELD_OUT_SPLITS = ("validation", "test")  # of a named data set, the first that it has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ def list_pictures(
 
     Args:
         inputs: files, folders with all below them, names of data sets, of which the validation
-            split is taken, or the word "validation" for that of the tokenizer's training.
+            or test split is taken, or the word "validation" for that of the tokenizer's training.
         config: of the tokenizer.
         smallest: pixels that a picture must have in each direction.
         resize: shorter side in pixels before the crop; None takes the pixels as they are.
@@ -93,10 +95,19 @@ def _is_named(item: str) -> bool:
 
 
 def _with_dataset(config: ConfigDict, name: str) -> ConfigDict:
-    """The config with the validation split of another data set."""
+    """The config with another data set, and its split of images that nothing is trained on."""
     config = config.copy_and_resolve_references()
-    config.data.update(name=name, image_key="image", validation_split="validation")
-    return config
+    config.data.update(name=name, image_key="image")
+    errors = []
+    for split in HELD_OUT_SPLITS:
+        config.data.validation_split = split
+        try:
+            open_configured(config.data, split, config.model.resolution)
+        except DataError as error:
+            errors.append(error)
+        else:
+            return config
+    raise errors[0]
 
 
 def find_files(root: Path) -> list[tuple[Path, PurePath]]:
