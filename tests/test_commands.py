@@ -36,6 +36,7 @@ COMMANDS = [
     ([], "--config is missing; --list shows"),
     (["--config="], "no config file"),
     (["--config=missing.py"], "There is no config file 'missing.py'"),
+    (["--config=quickstrt"], "Did you mean quickstart?"),
     (["--config=syntax.py"], "syntax.py, line 1: invalid syntax"),
     (["--config=nothing.py"], "has no attribute 'get_config'"),
     (["--config=unknown.py"], 'unknown.py, line 4: AttributeError: Key "chanels" does not exist'),

@@ -10,13 +10,14 @@
 with its state saved.
 """
 
+import difflib
 import pathlib
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vqgan_jax import command_line, distributed
-from vqgan_jax.command_line.configs import STORED_CONFIG
+from vqgan_jax.command_line.configs import STORED_CONFIG, config_files
 from vqgan_jax.command_line.help import SEVERAL_PROCESSES, group
 from vqgan_jax.configuration import ConfigError, validate
 
@@ -74,7 +75,11 @@ def main() -> None:
         raise ConfigError("--config is missing; --list shows the configs that there are.")
     path = config_flags.get_config_filename(options["config"]).split(":")[0]
     if not pathlib.Path(path).is_file():
-        raise ConfigError(f"There is no config file {path!r}; --list shows those that there are.")
+        near = difflib.get_close_matches(path, config_files(), n=1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"There is no config file {path!r}.{meant} --list shows those that there are."
+        )
     config = options.config
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"get_config of {path} returns no ConfigDict, but {config!r}.")
@@ -84,8 +89,7 @@ def main() -> None:
 
         print(*described_config(config), sep="\n")
         return
-    shown = f"{workdir} as its own config says" if path == str(STORED_CONFIG) else path
-    command_line.announce(f"train {shown} -> {workdir}")
+    command_line.announce(f"train {_shown(path, workdir)} -> {workdir}")
     distributed.join()
     import jax
 
@@ -109,6 +113,15 @@ def main() -> None:
     else:
         command = f"sample --checkpoint={workdir} --output=samples"
     print(f"  python -m vqgan_jax.{command}")
+
+
+def _shown(path: str, workdir: str) -> str:
+    """The config for people: a name for one of the package, else its file."""
+    if path == str(STORED_CONFIG):
+        return f"the config of {workdir}"
+    file = pathlib.Path(path).resolve()
+    names = [name for name, found in config_files().items() if found.resolve() == file]
+    return names[0] if names else path
 
 
 if __name__ == "__main__":
